@@ -1,0 +1,10 @@
+"""Stillhouse: run, shrink and sharpen R1-distilled reasoning models on one's own machine.
+
+The map, from the ground up (imports run down only):
+
+    r1/        everything special about R1-distilled models; imports no runtime
+    backends/  token ids in, tokens out; knows nothing of HTTP, roles or <think>
+    server/    HTTP; every JSON key lives here and nowhere else
+"""
+
+__version__ = "0.1.0"

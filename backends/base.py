@@ -1,0 +1,190 @@
+"""The contract: what a backend is given, and what it gives back.
+
+Only plain data and protocols live here; no runtime is imported. It knows nothing of HTTP, of chat roles, or of
+`<think>`. A new backend fills `Vocabulary` and `Backend` and passes `tests/test_backend_contract.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..r1.errors import UserError
+
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTooLong(UserError):
+    """A prompt that leaves no room in the context for a single token of reply."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens; this model reads at most {limit} (prompt and reply together)",
+            "shorten the conversation, or serve with a larger --context",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class BackendFailed(UserError):
+    """A step of the batch failed (out of memory, not-a-number logits): the requests in it are lost, the engine is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; the defaults draw from the model's own distribution.
+
+    `backends/sampling.py` is the written reference for the order and the meaning of every field.
+    """
+
+    temperature: float = 1.0  # 0 = always the likeliest token
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # on prompt and reply, 1 = off
+    presence_penalty: float = 0.0  # on the reply only
+    frequency_penalty: float = 0.0  # on the reply only
+    penalty_last_n: int = 1024  # tokens that the penalties look back
+    dry_multiplier: float = 0.0  # 0 = off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 1024
+    xtc_probability: float = 0.0  # 0 = off
+    xtc_threshold: float = 0.1
+    seed: int | None = None  # None = a new one every time
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+
+
+@dataclass(frozen=True, slots=True)
+class Force:
+    """A wish: these tokens come next, whatever the model thinks."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """A wish: the next token is one of these. `bits` is uint32, ceil(vocabulary / 32), lowest bit first."""
+
+    bits: NDArray[np.uint32]
+
+
+Wish = Force | Only | None
+"""What a steer asks for before a token is drawn; `None` leaves the model free."""
+
+
+class Seen(NamedTuple):
+    """What a steer makes of a token: a note for the request's caller, and whether the reply ends here."""
+
+    note: Any = None
+    finish: FinishReason | None = None
+
+
+class Steer(Protocol):
+    """Looks over one request's shoulder, in the engine's thread. The backend obeys it and knows nothing of its reasons."""
+
+    def wish(self, logits: Callable[[], NDArray[np.float32]]) -> Wish:
+        """Say what the next token may be. `logits()` gives the model's own, (vocabulary,), and costs a copy."""
+        ...
+
+    def see(self, token_id: int, text: str, finish: FinishReason | None) -> Seen:
+        """Take note of a token and of the backend's reason to end with it, and decide whether to end.
+
+        Where the model ended by itself (`finish == "stop"`) and the answer is `finish=None`, the end token is forgotten
+        and the steer is asked for its wish again. `"length"` cannot be overruled.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, one reply. `n` replies are `n` requests with the same prompt; backends share its KV cache."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    max_tokens: int  # 0 = read the prompt into the KV cache and finish
+    sampling: Sampling = field(default_factory=Sampling)
+    top_logprobs: int | None = None  # None = no log-probabilities at all; 0 = of the drawn token only
+    ignore_eos: bool = False
+    steer: Steer | None = None
+    idle: bool = False  # work for when nothing else is to do; anything else goes first
+
+
+class Started(NamedTuple):
+    """What a request's prompt cost; told once, with its first token."""
+
+    cached_tokens: int  # of the prompt, found in the KV cache
+    queue_s: float  # from `add` to the first decoded chunk
+    prefill_s: float  # from there to the first token
+
+
+class Token(NamedTuple):
+    """One token of one reply."""
+
+    request_id: str
+    token_id: int  # -1 where a request with max_tokens=0 finishes
+    text: str  # "" while a character is still spread over several tokens, and for end-of-generation tokens
+    finish: FinishReason | None = None
+    note: Any = None  # what the request's steer said of it
+    logprob: float | None = None  # natural log, the model's own distribution (before temperature); None if forced
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, natural log), likeliest first
+    started: Started | None = None
+
+
+class Load(NamedTuple):
+    """How busy a backend is."""
+
+    running: int
+    waiting: int
+    cache_used: int  # tokens in the KV cache, running and retained
+    cache_size: int
+
+
+class Vocabulary(Protocol):
+    """A model's tokens. Unlike its backend it may be used from any thread."""
+
+    size: int
+    bos_id: int | None  # only where the model wants its prompts to begin with it
+    end_ids: frozenset[int]  # any of these ends a reply
+    control: dict[str, int]  # every token that is not plain text, by its text: `<|im_start|>`, `</think>`
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, in which control tokens count as such; nothing is put in front."""
+        ...
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of one token; not always whole characters."""
+        ...
+
+
+class Backend(Protocol):
+    """A loaded model. Not thread-safe: `Engine` is the one thread that calls it."""
+
+    name: str  # of the runtime: "llama.cpp"
+    vocabulary: Vocabulary
+    context_length: int  # tokens, prompt and reply together
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises `PromptTooLong` (and leaves nothing behind) where it can never fit."""
+        ...
+
+    def step(self) -> list[Token]:
+        """Take every running request one step further, waiting ones into free places; in the order they came."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; it gives no token after this. Unknown ids are ignored."""
+        ...
+
+    def load(self) -> Load:
+        """How busy it is now. The one method that other threads may call."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Nothing may be called after it."""
+        ...

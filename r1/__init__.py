@@ -1,0 +1,1 @@
+"""Floor 1: everything special about R1-distilled models. Imports no runtime."""

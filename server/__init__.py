@@ -1,0 +1,1 @@
+"""Floor 3: HTTP. Every JSON key lives here and nowhere else."""
