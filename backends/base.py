@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ class PromptTooLong(UserError):
 
 
 class BackendFailed(UserError):
-    """A step of the batch failed (out of memory, not-a-number logits): the requests in it are lost, the engine is not."""
+    """A step failed (out of memory, logits that are no numbers): its requests are lost, the engine is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Seen(NamedTuple):
 
 
 class Steer(Protocol):
-    """Looks over one request's shoulder, in the engine's thread. The backend obeys it and knows nothing of its reasons."""
+    """Looks over one request's shoulder, in the engine's thread; the backend obeys and knows nothing of its reasons."""
 
     def wish(self, logits: Callable[[], NDArray[np.float32]]) -> Wish:
         """Say what the next token may be. `logits()` gives the model's own, (vocabulary,), and costs a copy."""
@@ -136,6 +137,22 @@ class Token(NamedTuple):
     started: Started | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a user may choose when a model is loaded; `None` leaves the choice to the backend."""
+
+    context: int | None = None  # tokens a request may have, prompt and reply together
+    parallel: int = 4  # replies in progress at once; more wait
+    cache_tokens: int | None = None  # KV cache of all requests together
+    kv_type: str = "f16"  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl
+    threads: int | None = None
+    gpu_layers: int | None = None
+    flash_attention: bool | None = None
+    batch_tokens: int = 512  # a step decodes at most so many
+    mmap: bool = True
+    loras: tuple[tuple[Path, float], ...] = ()  # adapter files and their scales
+
+
 class Load(NamedTuple):
     """How busy a backend is."""
 
@@ -159,6 +176,10 @@ class Vocabulary(Protocol):
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of one token; not always whole characters."""
+        ...
+
+    def shown(self, token_id: int) -> bytes:
+        """The bytes of one token as a reader sees them: none for a control token such as `<|im_end|>`."""
         ...
 
 

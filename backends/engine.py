@@ -1,0 +1,161 @@
+"""The one loop: a thread that owns a backend, `stream` for asyncio and `generate` for everybody else.
+
+A bad request hurts its caller only. A failing step is told to everyone who was in it, and the loop lives on. Knows
+nothing of HTTP or of text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from .base import Backend, BackendFailed, GenerationRequest, Token
+
+Item = Token | Exception
+
+
+@dataclass(slots=True, eq=False)
+class _Mailbox:
+    """Where the tokens of one request go, and on which event loop (none: any thread takes them)."""
+
+    put: Callable[[Item], None]
+    loop: asyncio.AbstractEventLoop | None = None
+
+
+@dataclass(slots=True)
+class Activity:
+    """What the loop has been doing; written by its thread, read by anyone."""
+
+    steps: int = 0
+    step_s: float = 0.0  # in all steps together
+    last_step_at: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Runs a backend in a thread of its own, from now until `close`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.activity = Activity()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._mailboxes: dict[str, _Mailbox] = {}  # of the requests in the backend; touched by the thread only
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Token]:
+        """Yield the tokens of one request as they come. Leaving early cancels it.
+
+        Raises what the backend raises for this request, and `BackendFailed` where a step failed under it.
+        """
+        arrived: asyncio.Queue[Item] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._inbox.put(lambda: self._add(request, _Mailbox(arrived.put_nowait, loop)))
+        finished = False
+        try:
+            while not finished:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finish is not None
+                yield item
+        finally:
+            if not finished:
+                self._inbox.put(lambda: self._cancel(request.id))
+
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
+        """Yield the tokens of all requests, mixed, as they come; ends with the last reply. Leaving early cancels."""
+        arrived: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        pending: set[str] = set()
+        for request in requests:
+            pending.add(request.id)
+            self._inbox.put(lambda request=request: self._add(request, _Mailbox(arrived.put)))
+        try:
+            while pending:
+                item = arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item.finish:
+                    pending.discard(item.request_id)
+                yield item
+        finally:
+            for request_id in pending:
+                self._inbox.put(lambda request_id=request_id: self._cancel(request_id))
+
+    def close(self) -> None:
+        """Finish the step in progress, end everything else, and give the backend back."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+
+    # In the thread
+
+    def _run(self) -> None:
+        while self._take():
+            try:
+                started = time.perf_counter()
+                tokens = self.backend.step()
+                self.activity.step_s += time.perf_counter() - started
+            except Exception as error:  # out of memory, say: the batch is lost, the engine is not
+                self._lose_all(error)
+                continue
+            self.activity.steps += 1
+            self.activity.last_step_at = time.monotonic()
+            self._deliver(tokens)
+        self._lose_all(BackendFailed("the server is shutting down"))
+        self.backend.close()
+
+    def _take(self) -> bool:
+        """Do what the inbox asks for. Wait for work only when idle: a running batch must not stand still."""
+        while not self._mailboxes or not self._inbox.empty():
+            job = self._inbox.get()
+            if job is None:
+                return False
+            job()
+        return True
+
+    def _add(self, request: GenerationRequest, mailbox: _Mailbox) -> None:
+        try:
+            self.backend.add(request)
+        except Exception as error:
+            _post({mailbox.loop: [(mailbox, error)]})
+        else:
+            self._mailboxes[request.id] = mailbox
+
+    def _cancel(self, request_id: str) -> None:
+        if self._mailboxes.pop(request_id, None):
+            self.backend.cancel(request_id)
+
+    def _deliver(self, tokens: list[Token]) -> None:
+        mail: dict[asyncio.AbstractEventLoop | None, list[tuple[_Mailbox, Item]]] = {}
+        for token in tokens:
+            mailbox = self._mailboxes.pop(token.request_id) if token.finish else self._mailboxes[token.request_id]
+            mail.setdefault(mailbox.loop, []).append((mailbox, token))
+        _post(mail)
+
+    def _lose_all(self, error: Exception) -> None:
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for request_id, mailbox in mailboxes.items():
+            with suppress(Exception):  # it has failed already; what matters is that its callers hear of it
+                self.backend.cancel(request_id)
+            _post({mailbox.loop: [(mailbox, error)]})
+
+
+def _post(mail: dict[asyncio.AbstractEventLoop | None, list[tuple[_Mailbox, Item]]]) -> None:
+    """Hand a step's tokens over: one wake-up for each event loop, however many replies it waits for."""
+    for loop, letters in mail.items():
+        if loop is None:
+            _drop(letters)
+        else:
+            with suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(_drop, letters)
+
+
+def _drop(letters: list[tuple[_Mailbox, Item]]) -> None:
+    for mailbox, item in letters:
+        mailbox.put(item)

@@ -1,0 +1,30 @@
+"""What the machine offers: cores and memory. Knows nothing of models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+
+def physical_cores() -> int:
+    """Cores that a compute thread each is worth: hyper-threads count once, and only those we may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def free_memory() -> int:
+    """Bytes of RAM that can be taken now without swapping; a container's limit counts."""
+    free = psutil.virtual_memory().available
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _read(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such control group, or "max"
+        return None
