@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ Item = Token | Exception
 
 @dataclass(slots=True, eq=False)
 class _Mailbox:
-    """Where the tokens of one request go, and on which event loop (none: any thread takes them)."""
+    """Where tokens go, and on which event loop (none: any thread takes them)."""
 
     put: Callable[[Item], None]
     loop: asyncio.AbstractEventLoop | None = None
@@ -44,54 +44,54 @@ class Engine:
         self.activity = Activity()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # of the requests in the backend; touched by the thread only
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Yield the tokens of one request as they come. Leaving early cancels it.
+    async def stream(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Token, None]:
+        """Yield the tokens of all requests, mixed, as they come; ends with the last reply. Leaving early cancels.
 
-        Raises what the backend raises for this request, and `BackendFailed` where a step failed under it.
+        Raises what the backend raises for one of them, and `BackendFailed` where a step failed under it.
         """
         arrived: asyncio.Queue[Item] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._inbox.put(lambda: self._add(request, _Mailbox(arrived.put_nowait, loop)))
-        finished = False
-        try:
-            while not finished:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    finished = True
-                    raise item
-                finished = item.finish is not None
-                yield item
-        finally:
-            if not finished:
-                self._inbox.put(lambda: self._cancel(request.id))
-
-    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
-        """Yield the tokens of all requests, mixed, as they come; ends with the last reply. Leaving early cancels."""
-        arrived: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        pending: set[str] = set()
-        for request in requests:
-            pending.add(request.id)
-            self._inbox.put(lambda request=request: self._add(request, _Mailbox(arrived.put)))
+        pending = self._send(requests, _Mailbox(arrived.put_nowait, asyncio.get_running_loop()))
         try:
             while pending:
-                item = arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item.finish:
-                    pending.discard(item.request_id)
-                yield item
+                yield _open(await arrived.get(), pending)
         finally:
-            for request_id in pending:
-                self._inbox.put(lambda request_id=request_id: self._cancel(request_id))
+            self._recall(pending)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Token]:
+        """As `stream`, for callers without an event loop."""
+        arrived: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        pending = self._send(requests, _Mailbox(arrived.put))
+        try:
+            while pending:
+                yield _open(arrived.get(), pending)
+        finally:
+            self._recall(pending)
+
+    def read(self, request: GenerationRequest) -> None:
+        """Have a prompt read into the KV cache; nobody waits for it."""
+        self._inbox.put(lambda: self._add(request, _Mailbox(lambda _: None)))
 
     def close(self) -> None:
         """Finish the step in progress, end everything else, and give the backend back."""
+        self._closing = True
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
+
+    def _send(self, requests: Sequence[GenerationRequest], mailbox: _Mailbox) -> set[str]:
+        if self._closing:
+            raise BackendFailed("the server is shutting down")
+        for request in requests:
+            self._inbox.put(lambda request=request: self._add(request, mailbox))
+        return {request.id for request in requests}
+
+    def _recall(self, request_ids: set[str]) -> None:
+        for request_id in request_ids:
+            self._inbox.put(lambda request_id=request_id: self._cancel(request_id))
 
     # In the thread
 
@@ -144,6 +144,14 @@ class Engine:
             with suppress(Exception):  # it has failed already; what matters is that its callers hear of it
                 self.backend.cancel(request_id)
             _post({mailbox.loop: [(mailbox, error)]})
+
+
+def _open(item: Item, pending: set[str]) -> Token:
+    if isinstance(item, Exception):
+        raise item
+    if item.finish:
+        pending.discard(item.request_id)
+    return item
 
 
 def _post(mail: dict[asyncio.AbstractEventLoop | None, list[tuple[_Mailbox, Item]]]) -> None:

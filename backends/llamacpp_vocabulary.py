@@ -29,6 +29,11 @@ class LlamaVocabulary:
                 self._hidden.add(token_id)
         self._pieces: dict[int, bytes] = {}
 
+    def boundary_texts(self) -> tuple[str, str]:
+        """The begin- and end-of-sequence tokens as chat templates write them, "" where there is none."""
+        begin, end = C.llama_vocab_bos(self.handle), C.llama_vocab_eos(self.handle)
+        return tuple(self.piece(i).decode(errors="replace") if i >= 0 else "" for i in (begin, end))  # type: ignore[return-value]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens count as such; nothing is put in front."""
         data = text.encode()

@@ -1,0 +1,52 @@
+"""Files in, a loaded backend out: the only place that chooses one, and the only one that imports runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..r1.errors import BadModelFile, UserError
+from ..r1.gguf import read_header
+from .base import Backend, LoadOptions
+
+
+class Opened(NamedTuple):
+    """A model that is ready, and what else its files say about it."""
+
+    backend: Backend
+    chat_template: str | None
+    begin_text: str  # the begin- and end-of-sequence tokens as templates write them
+    end_text: str
+
+
+def open_backend(paths: Sequence[Path], options: LoadOptions) -> Opened:
+    """Load a model. Raises `BadModelFile` or `UserError` in words that name the file and the way out."""
+    if not paths:
+        raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
+    if paths[0].suffix != ".gguf":
+        raise UserError(
+            f"{paths[0].name} is not a GGUF file, and no other format can be served yet",
+            "pull a GGUF of the model: stillhouse list --all",
+        )
+    return _open_llamacpp(tuple(paths), options)
+
+
+def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
+    """The backend without a model, for trying clients."""
+    from .echo import Echo
+
+    return Opened(Echo(parallel=parallel, context_length=context or 4096), None, "<|begin|>", "<|end|>")
+
+
+def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions) -> Opened:
+    headers = [read_header(path) for path in paths]  # every byte count is checked before any C code reads the file
+    header = headers[0]
+    if not any(part.tensors for part in headers):
+        raise BadModelFile(f"{paths[0].name} holds a vocabulary and no weights", "pull the whole model")
+    try:
+        from .llamacpp import LlamaCpp
+    except ImportError as error:
+        raise UserError(f"llama.cpp is not installed: {error}", "pip install llama-cpp-python") from None
+    backend = LlamaCpp(paths, header, options)
+    return Opened(backend, header.chat_template, *(backend.vocabulary.boundary_texts()))

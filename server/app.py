@@ -1,0 +1,221 @@
+"""The paths, and what holds for all of them: who is let in, how many at once, what an error looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+
+from .. import __version__
+from . import chat, completions, tokens
+from .errors import ApiError, as_api_error
+from .gate import Gate
+from .metrics import Metrics
+from .model import ServedModel
+from .reply import Ask, Replies
+from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .settings import Settings
+from .stream import EventStream, unless_gone
+
+log = logging.getLogger("stillhouse")
+Body = TypeVar("Body", bound=BaseModel)
+_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_REFERENCE = "#/components/schemas/{model}"
+
+
+class Service:
+    """What the paths share: the model once it is loaded, the requests in flight, and whether we are stopping."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.draining = False
+        self.in_flight = 0
+        self._model: ServedModel | None = None
+
+    @property
+    def model(self) -> ServedModel:
+        """The model. Raises 503 while it is loading or the server is stopping."""
+        if self.draining:
+            raise ApiError(503, "the server is stopping", code="shutting_down", headers={"Retry-After": "5"})
+        if self._model is None:
+            raise ApiError(503, "the model is still loading", code="loading", headers={"Retry-After": "2"})
+        return self._model
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken now."""
+        return self._model is not None and not self.draining
+
+    def ready(self, model: ServedModel) -> None:
+        """Take requests from now on."""
+        self._model = model
+        self.metrics.serve(model.name, model.engine)
+
+    def close(self) -> None:
+        """End what is in progress and give the model back."""
+        self.draining = True
+        if self._model:
+            self._model.engine.close()
+
+    def take_place(self) -> None:
+        """Count a request in, running or waiting; `leave_place` counts it out. Raises 429 where all are taken."""
+        if self.in_flight >= self.settings.parallel + self.settings.max_waiting:
+            raise ApiError(
+                429,
+                f"{self.settings.parallel} requests run and {self.settings.max_waiting} wait: this server takes no more",
+                code="queue_full",
+                headers={"Retry-After": "2"},
+            )
+        self.in_flight += 1
+
+    def leave_place(self) -> None:
+        """Count a request out, however it ended."""
+        self.in_flight -= 1
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around one `Service`."""
+    app = FastAPI(title="Stillhouse", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    _add_errors(app, service)
+    _add_info(app, service)
+    _add_generation(app, service)
+    _describe(app)
+    app.add_middleware(Gate, settings=service.settings, metrics=service.metrics)
+    if service.settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        body = await _read(request, ChatRequest)
+        model = service.model
+        ask = await asyncio.to_thread(chat.chat_ask, model, body)
+        if not body.stream:
+            return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, replies))
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return _streamed(service, ask, lambda replies: chat.chat_events(model, replies, include_usage=include_usage))
+
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+    async def text_completions(request: Request) -> Response:
+        body = await _read(request, CompletionRequest)
+        model = service.model
+        ask = await asyncio.to_thread(completions.completion_ask, model, body)
+        if not body.stream:
+            return await _whole(
+                request, service, ask, lambda replies: completions.completion_whole(model, body, replies)
+            )
+        return _streamed(service, ask, lambda replies: completions.completion_events(model, body, replies))
+
+
+def _add_info(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return _status(service)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return _status(service)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [tokens.model_json(service.model)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        tokens.check_model(service.model, name)
+        return tokens.model_json(service.model)
+
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await _read(request, TokenizeRequest)
+        return await asyncio.to_thread(tokens.tokenize, service.model, body)
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = await _read(request, DetokenizeRequest)
+        return await asyncio.to_thread(tokens.detokenize, service.model, body)
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        api_error = as_api_error(error)
+        if api_error.status == 500:
+            log.exception("a request failed: %s %s", request.method, request.scope["path"], exc_info=error)
+        service.metrics.refused.labels("", str(api_error.status)).inc()
+        return api_error.response()
+
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+async def _read(request: Request, kind: type[Body]) -> Body:
+    """The body as one of `schema`'s classes, straight from its bytes: NaN, half a surrogate and depth are errors."""
+    data = await request.body()
+    media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        # A form can be posted by any web page; JSON cannot without asking first.
+        raise ApiError(415, f"the body must be application/json; this is {media[:100]}")
+    try:
+        return kind.model_validate_json(data)
+    except ValueError as error:
+        raise as_api_error(error) from None
+
+
+async def _whole(request: Request, service: Service, ask: Ask, gather: Callable[[Replies], Any]) -> Response:
+    replies = Replies(service.model, ask, service.metrics)
+    service.take_place()
+    try:
+        reply = await unless_gone(request, gather(replies))
+    finally:
+        service.leave_place()
+    if reply is None:
+        return Response(status_code=499)  # nobody is there to read it
+    return JSONResponse(reply, headers={"x-request-id": reply["id"]})
+
+
+def _streamed(service: Service, ask: Ask, write: Callable[[Replies], AsyncGenerator[bytes, None]]) -> Response:
+    replies = Replies(service.model, ask, service.metrics)
+    service.take_place()
+    return EventStream(write(replies), headers={"x-request-id": replies.id}, at_end=service.leave_place)
+
+
+def _status(service: Service) -> Response:
+    if service.is_ready:
+        return JSONResponse({"status": "ok"})
+    state = "stopping" if service.draining else "loading"
+    return JSONResponse({"status": state}, 503, headers={"Retry-After": "2"})
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """Names the request's schema for `/openapi.json`; bodies are read by `_read`, of which FastAPI knows nothing."""
+    schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _describe(app: FastAPI) -> None:
+    """Put the requests' schemas where `_takes` says they are."""
+    _, found = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=_REFERENCE)
+    page = app.openapi()
+    page.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])

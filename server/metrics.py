@@ -1,0 +1,155 @@
+"""Prometheus metrics: what a request waited for, how fast it was, and how full the engine is.
+
+Names begin with `r1_`. Nothing of a prompt or a reply is in them but counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ..backends.base import Token
+from ..backends.engine import Engine
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"r1_{name}", words, ["model"], buckets=buckets, registry=self._registry)
+
+        def counter(name: str, words: str, *labels: str) -> Counter:
+            return Counter(f"r1_{name}", words, ["model", *labels], registry=self._registry)
+
+        self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token", _SECONDS)
+        self.first_answer = histogram(
+            "time_to_first_answer_token_seconds", "From the request to the first token after the thoughts", _SECONDS
+        )
+        self.between = histogram("inter_token_latency_seconds", "Between two tokens of a reply", _TOKEN_SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "From the request to the start of its prefill", _SECONDS)
+        self.prefill = histogram("request_prefill_time_seconds", "From there to the first token", _SECONDS)
+        self.whole = histogram("e2e_request_latency_seconds", "From the request to the end of its reply", _SECONDS)
+        self.prompt = histogram("request_prompt_tokens", "Tokens in a prompt", _TOKENS)
+        self.reply = histogram("request_generation_tokens", "Tokens in a reply, thoughts included", _TOKENS)
+        self.thoughts = histogram("request_thinking_tokens", "Tokens in the thoughts of a reply", _TOKENS)
+        self.answers = histogram("request_answer_tokens", "Tokens in the answer of a reply", _TOKENS)
+        self.prompt_total = counter("prompt_tokens", "Prompt tokens")
+        self.cached_total = counter("cached_prompt_tokens", "Prompt tokens found in the KV cache")
+        self.reply_total = counter("generation_tokens", "Generated tokens")
+        self.finished = counter("request_success", "Replies that came to an end", "finished_reason")
+        self.closed = counter("thinking_closed", "Thoughts that came to an end, by what ended them", "by")
+        self.cancelled = counter("cancelled", "Requests that were given up", "reason")
+        self.refused = counter("refused", "Requests that were answered with an error", "status")
+
+    def serve(self, model: str, engine: Engine) -> None:
+        """Show how busy this engine is whenever somebody asks."""
+        self._registry.register(_EngineGauges(model, engine))
+
+    def watch(self, model: str, replies: int, prompt_tokens: int) -> Watch:
+        """Follow one request from now on."""
+        self.prompt.labels(model).observe(prompt_tokens)
+        self.prompt_total.labels(model).inc(prompt_tokens)
+        return Watch(self, model, replies)
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class Watch:
+    """One request's figures."""
+
+    def __init__(self, metrics: Metrics, model: str, replies: int) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._began = time.monotonic()
+        self._running = replies
+        self._last: dict[str, float] = {}  # reply id -> when its last token came
+        self._tokens: dict[str, int] = {}
+        self._answering: set[str] = set()
+        self._lost: str | None = None
+        self._between = metrics.between.labels(model)
+
+    def token(self, token: Token) -> None:
+        """Count one token."""
+        now = time.monotonic()
+        metrics, model, reply = self._metrics, self._model, token.request_id
+        last = self._last.get(reply)
+        if last is not None:
+            self._between.observe(now - last)
+        self._last[reply] = now
+        self._tokens[reply] = self._tokens.get(reply, 0) + 1
+        if token.started:
+            metrics.first_token.labels(model).observe(now - self._began)
+            metrics.queue.labels(model).observe(token.started.queue_s)
+            metrics.prefill.labels(model).observe(token.started.prefill_s)
+            metrics.cached_total.labels(model).inc(token.started.cached_tokens)
+        if token.note.channel == "answer" and reply not in self._answering:
+            self._answering.add(reply)
+            metrics.first_answer.labels(model).observe(now - self._began)
+        if token.finish:
+            self._finish(token, now)
+
+    def lost(self, error: BaseException) -> None:
+        """Note why a request ends early."""
+        gone = isinstance(error, (GeneratorExit, asyncio.CancelledError))
+        self._lost = "disconnect" if gone else "engine_failed"
+
+    def close(self) -> None:
+        """Count what was given up."""
+        if self._running and self._lost:
+            self._metrics.cancelled.labels(self._model, self._lost).inc(self._running)
+        self._metrics.reply_total.labels(self._model).inc(sum(self._tokens.values()))
+
+    def _finish(self, token: Token, now: float) -> None:
+        metrics, model = self._metrics, self._model
+        self._running -= 1
+        count = self._tokens[token.request_id]
+        metrics.whole.labels(model).observe(now - self._began)
+        metrics.reply.labels(model).observe(count)
+        metrics.finished.labels(model, token.finish).inc()
+        outcome = token.note.outcome
+        metrics.thoughts.labels(model).observe(outcome.reasoning_tokens)
+        metrics.answers.labels(model).observe(count - outcome.reasoning_tokens)
+        if outcome.closed_by:
+            metrics.closed.labels(model, outcome.closed_by).inc()
+
+
+class _EngineGauges:
+    """Reads the engine at the moment it is asked."""
+
+    def __init__(self, model: str, engine: Engine) -> None:
+        self._model = model
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        load, activity = self._engine.backend.load(), self._engine.activity
+        for name, words, value in (
+            ("requests_running", "Replies in progress", load.running),
+            ("requests_waiting", "Replies that wait for a place", load.waiting),
+            ("kv_cache_used_tokens", "Tokens in the KV cache, kept prefixes included", load.cache_used),
+            ("kv_cache_size_tokens", "Tokens that the KV cache holds at most", load.cache_size),
+            ("kv_cache_usage_ratio", "Share of the KV cache in use", load.cache_used / max(1, load.cache_size)),
+            ("last_step_age_seconds", "Since the last step of the batch", time.monotonic() - activity.last_step_at),
+        ):
+            gauge = GaugeMetricFamily(f"r1_{name}", words, labels=["model"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        for name, words, value in (
+            ("engine_steps", "Steps of the batch", activity.steps),
+            ("engine_step_seconds", "Time spent in steps", activity.step_s),
+        ):
+            total = CounterMetricFamily(f"r1_{name}", words, labels=["model"])
+            total.add_metric([self._model], value)
+            yield total

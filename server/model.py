@@ -1,0 +1,82 @@
+"""The model that is being served, and everything about it that requests need."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ..backends.base import LoadOptions, Vocabulary
+from ..backends.engine import Engine
+from ..backends.open import Opened, open_backend, open_echo
+from ..r1.catalog import R1_ADVICE, Advice
+from ..r1.hub import ModelFiles, resolve
+from ..r1.prompt import ChatTemplate
+from ..r1.thinking import Tags
+
+ECHO = "echo"
+_ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model under the name that clients call it by."""
+
+    name: str
+    engine: Engine
+    template: ChatTemplate
+    tags: Tags
+    advice: Advice
+    source: str  # where the files came from, in words
+    aliases: frozenset[str] = frozenset()
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's tokens."""
+        return self.engine.backend.vocabulary
+
+    @property
+    def context_length(self) -> int:
+        """Tokens, prompt and reply together."""
+        return self.engine.backend.context_length
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for this name is for this model; no name is any model."""
+        return name is None or name == self.name or name in self.aliases
+
+
+def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_template: str | None = None) -> ServedModel:
+    """Find, read and start a model: a catalogue name, a hub id, a path, or `echo`. Raises `UserError`."""
+    if name == ECHO:
+        return serve_opened(ECHO, open_echo(options.parallel, options.context), source="built in", alias=alias)
+    files: ModelFiles = resolve(name)
+    opened = open_backend(files.paths, options)
+    served = serve_opened(
+        files.name, opened, source=files.source, alias=alias, advice=files.advice, chat_template=chat_template
+    )
+    return served
+
+
+def serve_opened(
+    name: str,
+    opened: Opened,
+    *,
+    source: str,
+    alias: str | None = None,
+    advice: Advice | None = None,
+    chat_template: str | None = None,
+) -> ServedModel:
+    """Start the engine of a model that is in memory."""
+    vocabulary = opened.backend.vocabulary
+    template = ChatTemplate(
+        chat_template or opened.chat_template, vocabulary.control, bos=opened.begin_text, eos=opened.end_text
+    )
+    return ServedModel(
+        name=alias or name,
+        aliases=frozenset({name}),
+        engine=Engine(opened.backend),
+        template=template,
+        tags=Tags.of(vocabulary.control, vocabulary.end_ids, vocabulary.size, vocabulary.encode),
+        advice=advice or (R1_ADVICE if template.is_r1 else _ADVICE_ELSE),
+        source=source,
+    )

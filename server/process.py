@@ -1,0 +1,126 @@
+"""One server process: its socket, its signals, and its end. Knows nothing of what is served.
+
+The socket is bound before the model is loaded, so that a port in use is told at once and `/health` can say "loading".
+On SIGTERM or Ctrl-C the server takes nothing new (503, not a refused connection), lets replies in progress finish for
+the grace time, ends those that are left with an error event, and exits with 0. A second signal ends them at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ..r1.errors import UserError
+from .app import Service, create_app
+from .model import ServedModel
+from .settings import Settings
+
+
+def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callable[[ServedModel, str], None]) -> int:
+    """Listen, load, answer until told to stop; the exit code. Raises `UserError` where it cannot start."""
+    listener = _bind(settings.host, settings.port)
+    port = listener.getsockname()[1]
+    service = Service(settings)
+    server = _Server(
+        uvicorn.Config(
+            create_app(service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            # What is left by then hangs in a client that does not read.
+            timeout_graceful_shutdown=3,
+        ),
+        service,
+    )
+
+    async def run() -> None:
+        answering = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            model = await asyncio.to_thread(load)
+            service.ready(model)
+            announce(model, f"http://{_shown(settings.host)}:{port}")
+        except BaseException:
+            server.should_exit = True
+            await answering
+            raise
+        await answering
+
+    try:
+        asyncio.run(run())
+    finally:
+        service.close()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but it drains before it closes its doors."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._ending: asyncio.Task[None] | None = None
+        self._hurried = False  # a second signal
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for ourselves; uvicorn's own way closes the listener first and exits by signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _signalled(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._drain())
+        else:
+            self._hurried = True
+
+    async def _drain(self) -> None:
+        service = self._service
+        service.draining = True
+        if service.in_flight:
+            grace = service.settings.grace_s
+            print(
+                f"stopping: {service.in_flight} replies in progress, up to {grace:g} s; once more ends them",
+                file=sys.stderr,
+            )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + service.settings.grace_s
+        while service.in_flight and loop.time() < deadline and not self._hurried:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(service.close)
+        self.should_exit = True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is taken by another program", f"serve with --port {port + 1}") from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"port {port} needs more rights than you have", "serve with --port 8000") from None
+        raise UserError(
+            f"cannot listen on {host}: {error.strerror or error}", "--host takes an address of yours"
+        ) from None
+    return listener
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

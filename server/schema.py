@@ -1,0 +1,193 @@
+"""What a request may say: OpenAI's fields, ours, and their limits. Unknown fields are accepted and ignored.
+
+Fields that we know and cannot honour are refused by name: a client that asks for a tool call must not get prose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..r1.messages import Message
+
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(_Fields):
+    """A part of a message's content; text is the only kind there is."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(_Fields):
+    """One message as clients send it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _text_only(cls, content: str | list[TextPart] | None) -> str | list[TextPart] | None:
+        for part in content if isinstance(content, list) else ():
+            if part.type not in ("text", "input_text", "output_text"):
+                raise ValueError(f"this model reads text only; a part of type {part.type!r} can't be given to it")
+            if part.text is None:
+                raise ValueError("a part of type 'text' needs a field 'text'")
+        return content
+
+    def message(self) -> Message:
+        """As the floors below know it."""
+        content = self.content if isinstance(self.content, str) else "".join(p.text or "" for p in self.content or ())
+        thoughts = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        return Message("system" if self.role == "developer" else self.role, content, thoughts, self.name)
+
+
+class StreamOptions(_Fields):
+    """`stream_options`."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Fields):
+    """`response_format`; structured output is not served yet."""
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _text(cls, kind: str) -> str:
+        if kind != "text":
+            raise ValueError(f"{kind!r} is not served; leave it out, or ask for JSON in the prompt")
+        return kind
+
+
+class SamplingFields(_Fields):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=5)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None  # llama.cpp's and Ollama's name for it
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    penalty_last_n: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    ignore_eos: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > _MOST_STOPS:
+            raise ValueError(f"at most {_MOST_STOPS} stop strings; these are {len(stops)}")
+        if any(not text or len(text) > _LONGEST_STOP for text in stops):
+            raise ValueError(f"a stop string has 1 to {_LONGEST_STOP} characters")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if bias and len(bias) > 1024:
+            raise ValueError(f"at most 1024 tokens; these are {len(bias)}")
+        for token_id in bias or ():
+            if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 9:
+                raise ValueError(f"{token_id[:20]!r} is not a token id; /tokenize tells them")
+        return bias
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however they were written."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> ChatRequest:
+        for field in ("tools", "functions", "audio"):
+            if getattr(self, field):
+                raise ValueError(f"{field}: not served; leave it out")
+        if self.modalities not in (None, ["text"]):
+            raise ValueError("modalities: this model writes text only")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> CompletionRequest:
+        if self.suffix:
+            raise ValueError("suffix: text can't be filled in; leave it out")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of: must equal n; leave it out")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: log-probabilities of a prompt are not served; leave out echo or logprobs")
+        if isinstance(self.prompt, list) and not 1 <= len(self.prompt) <= 2**20:
+            raise ValueError("prompt: is empty")
+        return self
+
+
+class TokenizeRequest(_Fields):
+    """`POST /tokenize`: a text, or a conversation as the model would read it."""
+
+    model: str | None = None
+    content: str | None = None
+    prompt: str | None = None  # vLLM's name for `content`
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(_Fields):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

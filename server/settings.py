@@ -1,0 +1,201 @@
+"""What a server is told when it starts. Flags, then environment variables `STILLHOUSE_…`, then these defaults."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backends.base import LoadOptions
+from ..r1.catalog import DEFAULT_MODEL
+from ..r1.errors import UserError
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a server listens, and whom it answers."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_hashes: frozenset[bytes] = frozenset()  # SHA-256 of the API keys; empty = no key is asked for
+    origins: tuple[str, ...] = ()  # web pages that may call, by their origin; "*" = any
+    max_body: int = 8 * 1024 * 1024  # bytes
+    parallel: int = 4  # requests that the backend takes at once
+    max_waiting: int = 64  # requests that wait for a place; more are told to come back
+    grace_s: float = 30.0  # that replies in progress get when the server is told to stop
+
+    @property
+    def local_only(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in _LOOPBACK
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """The flags that say which model, and how it is loaded."""
+    default = _environment("MODEL") or DEFAULT_MODEL
+    words = f"catalogue name, GGUF file, hub id (org/repo[:quantization]) or `echo`; default {DEFAULT_MODEL}"
+    if positional:
+        parser.add_argument("model", nargs="?", default=default, help=words)
+    else:
+        parser.add_argument("--model", default=default, help=words)
+    group = parser.add_argument_group("model")
+    _flag(
+        group,
+        "--context",
+        type=_positive,
+        metavar="TOKENS",
+        help="prompt and reply together; default: what fits, up to 32768",
+    )
+    _flag(group, "--parallel", type=_parallel, default=4, metavar="N", help="replies in progress at once (default 4)")
+    _flag(group, "--cache-tokens", type=_positive, metavar="TOKENS", help="KV cache of all requests together")
+    _flag(
+        group,
+        "--kv-type",
+        default="f16",
+        metavar="TYPE",
+        help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl (default f16)",
+    )
+    _flag(group, "--threads", type=_positive, metavar="N", help="compute threads; default: the physical cores")
+    _flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
+    _flag(group, "--flash-attention", choices=("auto", "on", "off"), default="auto", help="default auto")
+    _flag(
+        group,
+        "--batch-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens a step decodes at most (default 512)",
+    )
+    group.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a GGUF adapter; may be repeated"
+    )
+    _flag(group, "--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's own")
+    _flag(group, "--alias", metavar="NAME", help="serve the model under this name")
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how the server listens."""
+    group = parser.add_argument_group("server")
+    _flag(group, "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    _flag(group, "--port", type=_port, default=8000, help="default 8000")
+    _flag(group, "--api-key-file", metavar="FILE", help="one key a line; requests must carry one of them")
+    group.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call, or *"
+    )
+    _flag(group, "--max-body", type=_positive, default=8, metavar="MB", help="largest request (default 8)")
+    _flag(group, "--max-waiting", type=_count, default=64, metavar="N", help="requests that may wait (default 64)")
+    _flag(
+        group,
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for replies in progress at shutdown (default 30)",
+    )
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """The backends' options from the command line."""
+    return LoadOptions(
+        context=arguments.context,
+        parallel=arguments.parallel,
+        cache_tokens=arguments.cache_tokens,
+        kv_type=arguments.kv_type,
+        threads=arguments.threads,
+        gpu_layers=None if arguments.gpu_layers in (None, "auto") else arguments.gpu_layers,
+        flash_attention={"auto": None, "on": True, "off": False}[arguments.flash_attention],
+        batch_tokens=max(arguments.batch_tokens, arguments.parallel),
+        loras=tuple(_lora(text) for text in arguments.lora),
+    )
+
+
+def settings(arguments: argparse.Namespace) -> Settings:
+    """The server's settings from the command line."""
+    return Settings(
+        host=arguments.host,
+        port=arguments.port,
+        key_hashes=_keys(arguments.api_key_file),
+        origins=tuple(arguments.cors),
+        max_body=arguments.max_body * 1024 * 1024,
+        parallel=arguments.parallel,
+        max_waiting=arguments.max_waiting,
+        grace_s=arguments.grace,
+    )
+
+
+def chat_template(arguments: argparse.Namespace) -> str | None:
+    """The template of `--chat-template`."""
+    return None if arguments.chat_template is None else _read(arguments.chat_template, "chat template")
+
+
+def key_hash(key: str) -> bytes:
+    """What is kept of an API key, and compared in constant time."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def _keys(path: str | None) -> frozenset[bytes]:
+    keys = [key] if (key := _environment("API_KEY")) else []
+    if path is not None:
+        lines = (line.strip() for line in _read(path, "API key file").splitlines())
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"the API key file {path} holds no key", "put one key on each line")
+        keys += found
+    return frozenset(map(key_hash, keys))
+
+
+def _read(path: str, what: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the {what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    path, _, scale = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "1")
+    try:
+        return Path(path).expanduser(), float(scale)
+    except ValueError:
+        raise UserError(f"--lora {text}: {scale!r} is not a number", "write FILE=0.5") from None
+
+
+def _flag(group: argparse._ArgumentGroup, name: str, **options: object) -> None:
+    """A flag whose default may come from the environment: `--kv-type` from STILLHOUSE_KV_TYPE."""
+    value = _environment(name.removeprefix("--").replace("-", "_").upper())
+    if value is not None:
+        options["default"] = value  # argparse converts and checks a default that is text
+    group.add_argument(name, **options)  # type: ignore[arg-type]
+
+
+def _environment(name: str) -> str | None:
+    return os.environ.get(f"STILLHOUSE_{name}") or None
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1, 2**31 - 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 0, 1_000_000)
+
+
+def _parallel(text: str) -> int:
+    return _whole(text, 1, 192)
+
+
+def _port(text: str) -> int:
+    return _whole(text, 0, 65535)
+
+
+def _layers(text: str) -> int | str:
+    return text if text == "auto" else _whole(text, 0, 10_000)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.strip().isdigit() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    return int(text)
