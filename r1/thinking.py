@@ -25,7 +25,8 @@ CLOSING_PHRASE = "\n\nI have thought about this long enough; it is time to give 
 """In R1's own voice: after a bare `</think>` it tends to go on thinking inside the answer."""
 
 _SENTENCE_ENDS = (".", "!", "?", "\n", "。", "！", "？")
-_LIKELY_RANK = 5  # in the soft window, `</think>` among so many likeliest tokens is taken at its word
+_PHRASES_IN_ROOM = 6  # a reply with room for fewer closing phrases goes without
+_LIKELY = 3.0  # in the soft window `</think>` is taken if its logit is so near the best (a twentieth as likely)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Rules:
     min_tokens: int = 0  # the thoughts may not end before
     guard_bypass: bool = False  # thoughts may not be empty
     break_loops: bool = True
-    close_at_end: bool = False  # an end inside the thoughts closes them, and the answer follows
+    want_answer: bool = True  # thoughts that end the reply are closed, and an answer is not empty
+    inline: bool = False  # give the text as it comes, tags and all
     stops: tuple[str, ...] = ()
     stop_scope: Literal["answer", "all"] = "answer"
 
@@ -93,9 +95,9 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class _Count:
-    thinking: int = 0
-    answering: int = 0
-    blank: bool = True  # nothing but white space thought so far
+    thinking: int = 0  # tokens
+    blank_thought: bool = True  # nothing but white space so far
+    blank_answer: bool = True
 
 
 @dataclass(slots=True)
@@ -136,9 +138,15 @@ class Thinking:
     @property
     def limit(self) -> tuple[int, ClosedBy]:
         """Where the thoughts are closed at the latest, in tokens, and for what reason."""
-        spare = max(0, self.room - self.reserve - len(self.tags.phrase_ids) - len(self.tags.close_ids))
+        spare = max(0, self.room - self.reserve - len(self._closing_ids))
         budget = self.rules.budget
         return (budget, "budget") if budget is not None and budget <= spare else (spare, "reserve")
+
+    @property
+    def _closing_ids(self) -> tuple[int, ...]:
+        """What closes the thoughts by force. In a very short reply the phrase would take the answer's place."""
+        whole = self.tags.phrase_ids + self.tags.close_ids
+        return whole if self.room >= _PHRASES_IN_ROOM * len(whole) else self.tags.close_ids
 
     def end_thinking(self) -> bool:
         """Close the thoughts at the next token. May be called from any thread; false if there is nothing to close."""
@@ -152,20 +160,21 @@ class Thinking:
     def wish(self, logits: Callable[[], NDArray[np.float32]]) -> Any:
         """Before a token is drawn: nothing, or the tokens that close the thoughts, or all but those that would."""
         if self._splitter.state != "thinking":
-            return None
+            wanting = self.rules.want_answer and self._count.thinking and self._count.blank_answer
+            return self._forbid_closing() if wanting and self._splitter.state == "answering" else None
         reason = self._reason_to_close(logits)
         if reason and not self._inside_character:
             self._closing = reason[0]
-            return self.force(self.tags.close_ids if reason[1] else self.tags.phrase_ids + self.tags.close_ids)
+            return self.force(self.tags.close_ids if reason[1] else self._closing_ids)
         too_short = self._count.thinking < self.rules.min_tokens
-        if too_short or (self.rules.guard_bypass and self._count.blank):
+        if too_short or (self.rules.guard_bypass and self._count.blank_thought):
             return self._forbid_closing()
         return None
 
     def see(self, token_id: int, text: str, finish: Literal["stop", "length"] | None) -> Seen:
         """After a token is drawn: split its text, watch for stop strings and loops, and decide whether to end."""
         was = self._splitter.state
-        if finish == "stop" and was == "thinking" and self.rules.close_at_end:
+        if finish == "stop" and was == "thinking" and self.rules.want_answer:
             self._resume_at_end = True
             return Seen(Note((), "reasoning"), None)
         self._inside_character = text == "" and finish is None and token_id not in self.tags.end_ids
@@ -174,10 +183,12 @@ class Thinking:
         channel: Channel = "reasoning" if was == "thinking" or now == "thinking" else "answer"
         if channel == "reasoning":
             self._think(token_id, text, now)
-        else:
-            self._count.answering += 1
         if finish:
             deltas = [*deltas, *self._splitter.finish()]
+        if self._count.blank_answer and now == "answering":
+            self._count.blank_answer = not any(d.channel == "answer" and d.text.strip() for d in deltas)
+        if self.rules.inline:
+            deltas = self._raw(token_id, text, channel)
         stopped = self._cut_at_stop(deltas, finish is not None)
         if self._hit is not None:
             finish = "stop"
@@ -205,7 +216,7 @@ class Thinking:
                 return reason, False
             if self.tags.close_id is not None:
                 row = logits()
-                if int((row > row[self.tags.close_id]).sum()) < _LIKELY_RANK:
+                if row[self.tags.close_id] >= row.max() - _LIKELY:
                     return reason, True
         return None
 
@@ -220,10 +231,15 @@ class Thinking:
             return self._splitter.open()
         return self._splitter.add(text)
 
+    def _raw(self, token_id: int, text: str, channel: Channel) -> list[Delta]:
+        """A token's own text; a tag that the vocabulary hides is written out."""
+        text = text or {self.tags.open_id: OPEN, self.tags.close_id: CLOSE}.get(token_id, "")
+        return [Delta(channel, text)] if text else []
+
     def _think(self, token_id: int, text: str, now: State) -> None:
         self._count.thinking += 1
         if text and token_id != self.tags.open_id:
-            self._count.blank = self._count.blank and not text.strip()
+            self._count.blank_thought = self._count.blank_thought and not text.strip()
             self._sentence_ended = text.rstrip(" ").endswith(_SENTENCE_ENDS)
         if now == "answering":
             self._closed_by = self._closing or "model"
@@ -235,6 +251,8 @@ class Thinking:
             return deltas
         kept: list[Delta] = []
         for delta in deltas:
+            if delta.channel == "answer" and (text := self._stops["reasoning"].finish()):
+                kept.append(Delta("reasoning", text))  # the thoughts are over: half a stop string was only text
             if self._hit is None and (text := self._stops[delta.channel].add(delta.text)):
                 kept.append(Delta(delta.channel, text))
         if ending and self._hit is None:

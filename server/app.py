@@ -38,7 +38,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.draining = False
-        self.in_flight = 0
+        self.live: dict[str, Replies] = {}  # the requests in flight, by their id
         self._model: ServedModel | None = None
 
     @property
@@ -66,20 +66,27 @@ class Service:
         if self._model:
             self._model.engine.close()
 
-    def take_place(self) -> None:
-        """Count a request in, running or waiting; `leave_place` counts it out. Raises 429 where all are taken."""
+    @property
+    def in_flight(self) -> int:
+        """Requests that run or wait."""
+        return len(self.live)
+
+    def begin(self, ask: Ask) -> Replies:
+        """Count a request in; `end` counts it out. Raises 429 where all places are taken."""
         if self.in_flight >= self.settings.parallel + self.settings.max_waiting:
             raise ApiError(
                 429,
-                f"{self.settings.parallel} requests run and {self.settings.max_waiting} wait: this server takes no more",
+                f"{self.settings.parallel} requests run and {self.settings.max_waiting} wait: no more are taken",
                 code="queue_full",
                 headers={"Retry-After": "2"},
             )
-        self.in_flight += 1
+        replies = Replies(self.model, ask, self.metrics)
+        self.live[replies.id] = replies
+        return replies
 
-    def leave_place(self) -> None:
+    def end(self, replies: Replies) -> None:
         """Count a request out, however it ended."""
-        self.in_flight -= 1
+        self.live.pop(replies.id, None)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -109,9 +116,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         model = service.model
         ask = await asyncio.to_thread(chat.chat_ask, model, body)
         if not body.stream:
-            return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, replies))
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return _streamed(service, ask, lambda replies: chat.chat_events(model, replies, include_usage=include_usage))
+            return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, body, replies))
+        return _streamed(service, ask, lambda replies: chat.chat_events(model, body, replies))
+
+    @app.post("/v1/chat/completions/{reply_id}/end_thinking")
+    async def end_thinking(reply_id: str) -> dict[str, Any]:
+        replies = service.live.get(reply_id.removeprefix("chatcmpl-"))
+        if replies is None:
+            words = f"no reply with the id {reply_id[:100]!r} is in progress"
+            raise ApiError(404, words, code="reply_not_found", param="id")
+        if not replies.end_thinking():
+            words = f"the reply {reply_id[:100]!r} has ended its thoughts already"
+            raise ApiError(409, words, code="not_thinking", param="id")
+        return {"id": reply_id, "object": "chat.completion.end_thinking", "ending": True}
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def text_completions(request: Request) -> Response:
@@ -184,21 +201,19 @@ async def _read(request: Request, kind: type[Body]) -> Body:
 
 
 async def _whole(request: Request, service: Service, ask: Ask, gather: Callable[[Replies], Any]) -> Response:
-    replies = Replies(service.model, ask, service.metrics)
-    service.take_place()
+    replies = service.begin(ask)
     try:
         reply = await unless_gone(request, gather(replies))
     finally:
-        service.leave_place()
+        service.end(replies)
     if reply is None:
         return Response(status_code=499)  # nobody is there to read it
     return JSONResponse(reply, headers={"x-request-id": reply["id"]})
 
 
 def _streamed(service: Service, ask: Ask, write: Callable[[Replies], AsyncGenerator[bytes, None]]) -> Response:
-    replies = Replies(service.model, ask, service.metrics)
-    service.take_place()
-    return EventStream(write(replies), headers={"x-request-id": replies.id}, at_end=service.leave_place)
+    replies = service.begin(ask)
+    return EventStream(write(replies), headers={"x-request-id": replies.id}, at_end=lambda: service.end(replies))
 
 
 def _status(service: Service) -> Response:

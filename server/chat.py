@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
+from ..backends.base import FinishReason, GenerationRequest
+from ..r1.errors import BadPrompt
+from ..r1.messages import Channel, Message
 from ..r1.prompt import Prompt
 from ..r1.split import State
-from ..r1.thinking import Rules
+from ..r1.thinking import Outcome, Rules
 from .model import ServedModel
 from .reply import Ask, Piece, Replies
 from .schema import ChatRequest
@@ -21,11 +26,12 @@ _STATES: dict[str, State] = {"open": "thinking", "closed": "answering", "unsaid"
 def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
     """Render and encode a conversation. Slow for long ones: not for the event loop."""
     check_model(model, body.model)
-    variables = dict(body.chat_template_kwargs or {})
-    thinking = variables.pop("enable_thinking", None) is not False
+    messages = [message.message() for message in body.messages]
+    variables = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
     prompt: Prompt = model.template.render(
-        [message.message() for message in body.messages], thinking=thinking, variables=variables
+        messages, thinking=body.budget != 0, preserve_thinking=body.preserve_thinking, variables=variables
     )
+    resumed = messages[-1].role == "assistant"
     return ask_for(
         model,
         body,
@@ -33,87 +39,169 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
         _STATES[prompt.thinking],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        rules=Rules(stops=body.stops),
+        rules=Rules(
+            budget=body.budget,
+            reserve=body.answer_reserve_tokens,
+            min_tokens=body.min_thinking_tokens,
+            guard_bypass=not resumed,
+            break_loops=body.break_loops,
+            want_answer=body.empty_answer == "close",
+            inline=body.reasoning_format == "inline",
+            stops=body.stops,
+            stop_scope=body.stop_scope,
+        ),
     )
 
 
-async def chat_whole(model: ServedModel, replies: Replies) -> dict[str, Any]:
+async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) -> dict[str, Any]:
     """The reply in one object."""
-    count = len(replies.thinking)
-    texts = [{"reasoning": [], "answer": []} for _ in range(count)]
-    logprobs = [{"reasoning": [], "answer": []} for _ in range(count)]
-    ends: list[Piece | None] = [None] * count
+    shape = _Shape(model, body, replies, "chat.completion")
+    gathered = [_Gathered() for _ in replies.thinking]
     async for piece in replies.pieces():
-        for delta in piece.deltas:
-            texts[piece.index][delta.channel].append(delta.text)
-        if piece.logprob:
-            logprobs[piece.index][piece.channel].append(logprob_json(model, piece.logprob))
-        if piece.finish:
-            ends[piece.index] = piece
+        gathered[piece.index].add(piece, model)
     choices = []
-    for index, (text, logs, end) in enumerate(zip(texts, logprobs, ends, strict=True)):
-        assert end is not None and end.outcome is not None
-        reasoning, answer = "".join(text["reasoning"]), "".join(text["answer"])
-        message: dict[str, Any] = {"role": "assistant", "content": answer if answer or not reasoning else None}
-        if reasoning:
-            message["reasoning_content"] = reasoning
+    for index, reply in enumerate(gathered):
+        assert reply.finish is not None and reply.outcome is not None
+        reasoning, answer = "".join(reply.texts["reasoning"]), "".join(reply.texts["answer"])
+        told = shape.fields("reasoning", reasoning) if reasoning else {}
+        content = told.pop("content", "") + answer
         choices.append(
             {
                 "index": index,
-                "message": message,
-                "logprobs": _logprobs(logs) if any(logs.values()) else None,
-                "finish_reason": end.finish,
-                "reasoning_closed_by": end.outcome.closed_by,
+                "message": {"role": "assistant", "content": content if content or not reasoning else None} | told,
+                "logprobs": _logprobs(reply.logprobs) if any(reply.logprobs.values()) else None,
+                "finish_reason": reply.finish,
+                "reasoning_closed_by": reply.outcome.closed_by,
             }
         )
-    return _head(model, replies, "chat.completion") | {"choices": choices, "usage": usage_json(replies.usage)}
+    await _read_next_turn(model, body, replies, gathered[0])
+    return shape.head | {"choices": choices, "usage": usage_json(replies.usage)}
 
 
-async def chat_events(model: ServedModel, replies: Replies, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def chat_events(model: ServedModel, body: ChatRequest, replies: Replies) -> AsyncGenerator[bytes, None]:
     """The reply as server-sent events: the role first, then what each token adds, the reason to end, the usage."""
-    head = _head(model, replies, "chat.completion.chunk")
-    if include_usage:
-        head |= {"usage": None}  # as OpenAI has it: null in every chunk but the last
-    start = json.dumps(head)[:-1].encode()
+    shape = _Shape(model, body, replies, "chat.completion.chunk")
+    first = _Gathered()
     for index in range(len(replies.thinking)):
-        yield _event(start, {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        yield shape.event({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
     async for piece in replies.pieces():
-        for event in _piece_events(model, start, piece):
+        if piece.index == 0:
+            first.add(piece, None)
+        for event in shape.piece_events(piece):
             yield event
-    if include_usage:
-        yield b"data: " + json.dumps(head | {"choices": [], "usage": usage_json(replies.usage)}).encode() + b"\n\n"
+    if shape.include_usage:
+        yield shape.usage_event(replies)
     yield DONE
+    await _read_next_turn(model, body, replies, first)
 
 
-def _piece_events(model: ServedModel, start: bytes, piece: Piece) -> list[bytes]:
-    logs = None
-    if piece.logprob:
-        logs = _logprobs({"reasoning": [], "answer": []} | {piece.channel: [logprob_json(model, piece.logprob)]})
-    events = []
-    for delta in piece.deltas:
-        field = "content" if delta.channel == "answer" else "reasoning_content"
-        choice: dict[str, Any] = {"index": piece.index, "delta": {field: delta.text}, "finish_reason": None}
-        if logs:  # told once, with the first delta of its token
-            choice["logprobs"], logs = logs, None
-        events.append(_event(start, choice))
-    if piece.finish or logs:
-        choice = {"index": piece.index, "delta": {}, "finish_reason": piece.finish}
-        if logs:
-            choice["logprobs"] = logs
-        if piece.outcome:
-            choice["reasoning_closed_by"] = piece.outcome.closed_by
-        events.append(_event(start, choice))
-    return events
+class _Shape:
+    """How this request wants its reply written."""
+
+    def __init__(self, model: ServedModel, body: ChatRequest, replies: Replies, kind: str) -> None:
+        self.include_usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+        self._model = model
+        self._format = body.reasoning_format or "reasoning_content"
+        self.head: dict[str, Any] = {
+            "id": f"chatcmpl-{replies.id}",
+            "object": kind,
+            "created": replies.created,
+            "model": model.name,
+        }
+        if replies.ask.state != "answering":
+            tokens, by = replies.thinking[0].limit
+            asked = body.budget
+            self.head["thinking_limit"] = {"tokens": tokens, "by": by, "clamped": asked is not None and tokens < asked}
+        if self.include_usage:
+            self.head["usage"] = None  # as OpenAI has it: null in every chunk but the last
+        self._start = b"data: " + json.dumps(self.head)[:-1].encode() + b', "choices": ['
+
+    def event(self, choice: dict[str, Any]) -> bytes:
+        """One chunk with one choice. What is the same in every chunk is encoded once."""
+        return self._start + json.dumps(choice).encode() + b"]}\n\n"
+
+    def usage_event(self, replies: Replies) -> bytes:
+        """The chunk without choices that OpenAI sends last."""
+        chunk = self.head | {"choices": [], "usage": usage_json(replies.usage)}
+        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+    def fields(self, channel: Channel, text: str) -> dict[str, str]:
+        """The fields of a message or delta that carry a text; none where thoughts are hidden."""
+        if channel == "answer" or self._format == "inline":
+            return {"content": text}
+        match self._format:
+            case "hidden":
+                return {}
+            case "both":
+                return {"reasoning_content": text, "reasoning": text}
+            case name:
+                return {name: text}
+
+    def piece_events(self, piece: Piece) -> list[bytes]:
+        """The chunks of one token: one for each channel it has text in, one for the end."""
+        logs = None
+        if piece.logprob and not (piece.channel == "reasoning" and self._format == "hidden"):
+            empty: dict[Channel, list[Any]] = {"reasoning": [], "answer": []}
+            logs = _logprobs(empty | {piece.channel: [logprob_json(self._model, piece.logprob)]})
+        events = []
+        for delta in piece.deltas:
+            if fields := self.fields(delta.channel, delta.text):
+                choice: dict[str, Any] = {"index": piece.index, "delta": fields, "finish_reason": None}
+                if logs:  # told once, with the first delta of its token
+                    choice["logprobs"], logs = logs, None
+                events.append(self.event(choice))
+        if piece.finish or logs:
+            choice = {"index": piece.index, "delta": {}, "finish_reason": piece.finish}
+            if logs:
+                choice["logprobs"] = logs
+            if piece.outcome:
+                choice["reasoning_closed_by"] = piece.outcome.closed_by
+            events.append(self.event(choice))
+        return events
 
 
-def _event(start: bytes, choice: dict[str, Any]) -> bytes:
-    return b"data: " + start + b', "choices": [' + json.dumps(choice).encode() + b"]}\n\n"
+class _Gathered:
+    """One reply, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.texts: dict[Channel, list[str]] = {"reasoning": [], "answer": []}
+        self.logprobs: dict[Channel, list[dict[str, Any]]] = {"reasoning": [], "answer": []}
+        self.finish: FinishReason | None = None
+        self.outcome: Outcome | None = None
+
+    def add(self, piece: Piece, model: ServedModel | None) -> None:
+        """Take one token's piece; its log-probability only where a model is given to name the token."""
+        for delta in piece.deltas:
+            self.texts[delta.channel].append(delta.text)
+        if piece.logprob and model:
+            self.logprobs[piece.channel].append(logprob_json(model, piece.logprob))
+        self.finish, self.outcome = piece.finish, piece.outcome
 
 
-def _logprobs(logs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+async def _read_next_turn(model: ServedModel, body: ChatRequest, replies: Replies, reply: _Gathered) -> None:
+    """Have the engine read, while it is idle, what the next turn's prompt will begin with.
+
+    Without the thoughts that prompt parts from what is in the KV cache right after the user's last message; the answer
+    would have to be read again when the user is waiting.
+    """
+    thought = reply.outcome is not None and reply.outcome.reasoning_tokens > 0
+    if not thought or body.preserve_thinking or body.reasoning_format == "inline":
+        return
+    answer = Message("assistant", "".join(reply.texts["answer"]))
+    messages = [message.message() for message in body.messages]
+    if messages[-1].role == "assistant":
+        return  # resumed: what the client will send back is its own affair
+
+    def encode() -> list[int]:
+        prompt = model.template.render([*messages, answer], reply_follows=False)
+        return prompt.encode(model.vocabulary.encode, model.vocabulary.bos_id)
+
+    with suppress(BadPrompt):  # some templates want every conversation to end with the user
+        prompt_ids = await asyncio.to_thread(encode)
+        if len(prompt_ids) < model.context_length:
+            model.engine.read(GenerationRequest(f"{replies.id}-next", prompt_ids, max_tokens=0, idle=True))
+
+
+def _logprobs(logs: dict[Channel, list[dict[str, Any]]]) -> dict[str, Any]:
     """`content` is the answer's, as OpenAI has it; the thoughts' are apart."""
     return {"content": logs["answer"], "reasoning": logs["reasoning"], "refusal": None}
-
-
-def _head(model: ServedModel, replies: Replies, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{replies.id}", "object": kind, "created": replies.created, "model": model.name}

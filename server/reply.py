@@ -72,6 +72,7 @@ class Replies:
         if room < 1:
             raise PromptTooLong(len(ask.prompt_ids), model.context_length - 1)
         room = min(room, ask.max_tokens or room)
+        self.ask = ask
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
         self.usage = Usage(len(ask.prompt_ids))

@@ -128,7 +128,45 @@ class SamplingFields(_Fields):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class ChatRequest(SamplingFields):
+ReasoningFormat = Literal["reasoning_content", "reasoning", "both", "inline", "hidden"]
+Effort = Literal["none", "minimal", "low", "medium", "high"]
+
+
+class ReasoningFields(_Fields):
+    """What a request wants of the model's thoughts. Counts are tokens."""
+
+    reasoning_format: ReasoningFormat | None = None  # where the thoughts are told
+    thinking_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # thoughts end here at the latest
+    reasoning_effort: Effort | None = None  # a budget by name
+    answer_reserve_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # kept free for the answer
+    min_thinking_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    stop_scope: Literal["answer", "all"] = "answer"
+    preserve_thinking: bool = False  # keep the thoughts of earlier turns in the prompt
+    empty_answer: Literal["close", "allow"] = "close"  # what an end inside the thoughts does
+    break_loops: bool = True
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ReasoningFields:
+        budget = self.budget
+        if budget is not None and self.min_thinking_tokens > budget:
+            raise ValueError(f"min_thinking_tokens: {self.min_thinking_tokens} is more than the budget of {budget}")
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """The budget that holds: by number, by template switch, or by effort; `None` = no limit but the reserve."""
+        if self.thinking_budget is not None:
+            return self.thinking_budget
+        if (self.chat_template_kwargs or {}).get("enable_thinking") is False:
+            return 0
+        return _EFFORTS[self.reasoning_effort] if self.reasoning_effort else None
+
+
+_EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None}
+
+
+class ChatRequest(SamplingFields, ReasoningFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
@@ -140,7 +178,6 @@ class ChatRequest(SamplingFields):
     functions: list[Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> ChatRequest:
