@@ -72,5 +72,5 @@ fi; \
 shell=$$$$; waited=0; \
 (while sleep 15 >/dev/null 2>&1 && kill -0 $$shell 2>/dev/null; do waited=$$((waited + 15)); echo "  still installing, $$waited s"; done) & \
 ticker=$$!; trap 'kill $$ticker 2>/dev/null || true' EXIT; trap 'exit 130' INT TERM; \
-$(BIN)/python -m pip install -q --disable-pip-version-check -e '$(1)'
+$(BIN)/python -m pip install -qq --disable-pip-version-check -e '$(1)'
 endef

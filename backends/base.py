@@ -79,11 +79,8 @@ Wish = Force | Only | None
 """What a steer asks for before a token is drawn; `None` leaves the model free."""
 
 
-class Seen(NamedTuple):
-    """What a steer makes of a token: a note for the request's caller, and whether the reply ends here."""
-
-    note: Any = None
-    finish: FinishReason | None = None
+Seen = tuple[Any, FinishReason | None]
+"""What a steer makes of a token: a note for the request's caller, and the reason to end the reply here, if any."""
 
 
 class Steer(Protocol):
@@ -163,12 +160,25 @@ class Load(NamedTuple):
 
 
 class Vocabulary(Protocol):
-    """A model's tokens. Unlike its backend it may be used from any thread."""
+    """A model's tokens. Unlike its backend it may be used from any thread.
 
-    size: int
-    bos_id: int | None  # only where the model wants its prompts to begin with it
-    end_ids: frozenset[int]  # any of these ends a reply
-    control: dict[str, int]  # every token that is not plain text, by its text: `<|im_start|>`, `</think>`
+    `bos_id` is the begin-of-sequence token where the model wants its prompts to begin with one; any of `end_ids` ends a
+    reply; `control` has every token that is not plain text by its text: `<|im_start|>`, `</think>`.
+    """
+
+    @property
+    def size(self) -> int:
+        """Tokens in it."""
+        ...
+
+    @property
+    def bos_id(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def end_ids(self) -> frozenset[int]: ...  # noqa: D102
+
+    @property
+    def control(self) -> dict[str, int]: ...  # noqa: D102
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens count as such; nothing is put in front."""
@@ -187,8 +197,12 @@ class Backend(Protocol):
     """A loaded model. Not thread-safe: `Engine` is the one thread that calls it."""
 
     name: str  # of the runtime: "llama.cpp"
-    vocabulary: Vocabulary
     context_length: int  # tokens, prompt and reply together
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's tokens."""
+        ...
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `PromptTooLong` (and leaves nothing behind) where it can never fit."""

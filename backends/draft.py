@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import FinishReason, GenerationRequest, PromptTooLong, Started, Token, Vocabulary, Wish
+from .sampling import likeliest
 from .text import TextDecoder
 
 
@@ -41,10 +42,11 @@ class Draft:
         """What the steer wants before the next token is drawn."""
         return self.request.steer.wish(logits) if self.request.steer else None
 
-    def take(
-        self, token_id: int, logprob: float | None = None, top_logprobs: tuple[tuple[int, float], ...] = ()
-    ) -> Token | None:
-        """Add a drawn token; `None` where the steer overrules the model's end: forget the token and draw again."""
+    def take(self, token_id: int, logprobs: NDArray[np.float32] | None = None) -> Token | None:
+        """Add a token; `None` where the steer overrules the model's end: forget the token and draw again.
+
+        `logprobs`, (vocabulary,), are those it was drawn from, where the request wants to be told.
+        """
         text, finish = "", None
         if token_id in self._vocabulary.end_ids and not self.request.ignore_eos:
             finish = "stop"
@@ -61,11 +63,25 @@ class Draft:
                 return None
             finish = decided or finish
         self.drawn += 1
-        return self._token(token_id, text, finish, note, logprob, top_logprobs)
+        if logprobs is None:
+            return self._token(token_id, text, finish, note)
+        top = likeliest(logprobs, self.request.top_logprobs or 0)
+        return self._token(token_id, text, finish, note, float(logprobs[token_id]), top)
+
+    def force(self, token_ids: Sequence[int]) -> list[Token]:
+        """Add the tokens that a steer asked for, up to one that ends the reply or that the steer now overrules."""
+        tokens: list[Token] = []
+        for token_id in token_ids:
+            token = self.take(token_id)
+            if token:
+                tokens.append(token)
+            if not token or token.finish:
+                break
+        return tokens
 
     def read(self) -> Token:
         """The one token of a request that only wanted its prompt in the cache."""
-        return self._token(-1, "", "length", None, None, ())
+        return self._token(-1, "", "length", None)
 
     def _token(
         self,
@@ -73,8 +89,8 @@ class Draft:
         text: str,
         finish: FinishReason | None,
         note: object,
-        logprob: float | None,
-        top_logprobs: tuple[tuple[int, float], ...],
+        logprob: float | None = None,
+        top_logprobs: tuple[tuple[int, float], ...] = (),
     ) -> Token:
         started = None
         if self.drawn <= 1:

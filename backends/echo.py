@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .base import Force, GenerationRequest, Load, Only, Token
 from .draft import Draft
-from .sampling import distribution, likeliest, log_softmax, mask_to, seed32
+from .sampling import distribution, log_softmax, mask_to, seed32
 
 Script = Callable[[Sequence[int]], Sequence[int]]
 """Prompt ids -> the ids that the model wants to say; it ends where they end."""
@@ -111,22 +111,18 @@ class Echo:
             logits = self._logits(reply)
             wish = draft.wish(logits.copy)
             if isinstance(wish, Force):
-                forced = [token for token_id in wish.token_ids if (token := draft.take(token_id))]
+                forced = draft.force(wish.token_ids)
                 reply.said.extend(token.token_id for token in forced)
                 if forced:
                     return forced
                 continue
-            logprobs = log_softmax(logits)
+            logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
             token_id = reply.draw(logits)
             if reply.plan and token_id == reply.plan[0]:
                 reply.plan.popleft()
-            wanted = draft.request.top_logprobs
-            if wanted is None:
-                token = draft.take(token_id)
-            else:
-                token = draft.take(token_id, float(logprobs[token_id]), likeliest(logprobs, wanted))
+            token = draft.take(token_id, logprobs)
             if token:
                 reply.said.append(token_id)
                 return [token]

@@ -45,6 +45,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # of the requests in the backend; touched by the thread only
         self._closing = False
+        self._door = threading.Lock()  # whoever came in before it closed is heard
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -77,16 +78,18 @@ class Engine:
 
     def close(self) -> None:
         """Finish the step in progress, end everything else, and give the backend back."""
-        self._closing = True
-        if self._thread.is_alive():
-            self._inbox.put(None)
-            self._thread.join()
+        with self._door:
+            if not self._closing:
+                self._closing = True
+                self._inbox.put(None)
+        self._thread.join()
 
     def _send(self, requests: Sequence[GenerationRequest], mailbox: _Mailbox) -> set[str]:
-        if self._closing:
-            raise BackendFailed("the server is shutting down")
-        for request in requests:
-            self._inbox.put(lambda request=request: self._add(request, mailbox))
+        with self._door:
+            if self._closing:
+                raise BackendFailed("the server is shutting down")
+            for request in requests:
+                self._inbox.put(lambda request=request: self._add(request, mailbox))
         return {request.id for request in requests}
 
     def _recall(self, request_ids: set[str]) -> None:

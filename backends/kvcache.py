@@ -81,10 +81,10 @@ class KVCache:
             self.drop(other)
         return covered
 
-    def evict(self) -> CachedSequence | None:
-        """Drop the retained sequence that was used least recently; `None` if there is none."""
+    def evict(self, but: CachedSequence | None = None) -> CachedSequence | None:
+        """Drop the retained sequence that was used least recently, but for one; `None` if there is none."""
         for sequence in self._sequences.values():
-            if not sequence.running:
+            if not sequence.running and sequence is not but:
                 self.drop(sequence)
                 return sequence
         return None

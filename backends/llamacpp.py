@@ -8,6 +8,7 @@ that are known and not yet decoded (`todo`). When they are done, the next one is
 from __future__ import annotations
 
 import ctypes
+import time
 from array import array
 from collections import deque
 from pathlib import Path
@@ -25,10 +26,12 @@ from .draft import Draft
 from .kvcache import CachedSequence, KVCache, common_prefix, token_array
 from .llamacpp_sampler import LlamaSampler
 from .llamacpp_vocabulary import LlamaVocabulary
-from .sampling import likeliest, log_softmax, mask_to
+from .sampling import log_softmax, mask_to
 
 _RETAINED = 64  # sequences kept for their prefix, besides the running ones
 _WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
+_STEP_S = 1.0  # a step that reads a prompt takes about so long at most
+_LEAST_CHUNK = 32  # tokens: smaller ones read a prompt much slower
 _KV_TYPES = {  # name -> (ggml type, bits a value)
     "f32": (0, 32),
     "f16": (1, 16),
@@ -82,9 +85,11 @@ class LlamaCpp:
         self._reuse = not (C.llama_model_is_recurrent(self._model) or C.llama_model_is_hybrid(self._model))
         self._parallel = options.parallel
         self._batch = _Batch(options.batch_tokens)
+        self._pace = _Pace(options.batch_tokens)
         self._waiting: deque[_Running] = deque()
         self._idle: deque[_Running] = deque()  # work for when nothing else is to do
         self._running: list[_Running] = []  # in the order they came
+        self._crowded = False  # a reply had to give its cells up: none comes in before one has gone
 
     # The contract
 
@@ -138,6 +143,9 @@ class LlamaCpp:
         """Give waiting requests a sequence, in order, each starting from the longest prefix that is in the cache."""
         if self._waiting:
             self._park_idle()
+        if self._crowded and self._running:
+            return
+        self._crowded = False
         queue = self._waiting or (self._idle if not self._running else deque())
         kept: deque[_Running] = deque()
         while queue and len(self._running) < self._parallel:
@@ -174,12 +182,7 @@ class LlamaCpp:
 
     def _reopen(self, source: CachedSequence | None, length: int) -> CachedSequence | None:
         """A sequence for which another has to go; never the one that it is copied from."""
-        if source and not source.running:
-            source.running = True
-            evicted = self._cache.evict()
-            source.running = False
-        else:
-            evicted = self._cache.evict()
+        evicted = self._cache.evict(but=source)
         if evicted is None:
             return None
         C.llama_memory_seq_rm(self._memory, evicted.id, -1, -1)
@@ -194,20 +197,24 @@ class LlamaCpp:
             if len(reply.todo) == 1:
                 self._batch.add(reply, 1)
                 drawing.append(reply)
+        room = min(self._batch.room, self._pace.chunk(replying=bool(drawing)))
         for reply in self._running:
             if len(reply.todo) > 1:
-                room = self._batch.room
                 if not room:
                     break
-                self._batch.add(reply, min(len(reply.todo), room))
-                if len(reply.todo) <= room:
+                count = min(len(reply.todo), room)
+                room -= count
+                self._batch.add(reply, count)
+                if count == len(reply.todo):
                     drawing.append(reply)
         return drawing
 
     def _decode(self) -> bool:
         """Run the batch. False where the cache was full: room was made, and the batch must be filled anew."""
+        started = time.perf_counter()
         status = C.llama_decode(self._context, self._batch.struct)
         if status == 0:
+            self._pace.note(self._batch.tokens, time.perf_counter() - started)
             for reply, count in self._batch.entries:
                 assert reply.sequence is not None
                 reply.sequence.tokens.extend(reply.todo[:count])
@@ -226,7 +233,8 @@ class LlamaCpp:
             C.llama_memory_seq_rm(self._memory, reply.sequence.id, -1, -1)
             self._cache.drop(reply.sequence)
             reply.sequence = None
-            self._waiting.appendleft(reply)
+            (self._idle if reply.draft.request.idle else self._waiting).appendleft(reply)
+            self._crowded = True
         else:
             self._fail("the KV cache has no room for a single request")
         return False
@@ -242,25 +250,17 @@ class LlamaCpp:
         while token is None:
             wish = draft.wish(logits.copy)
             if isinstance(wish, Force):
-                for token_id in wish.token_ids:
-                    reply.sampler.accept(token_id)
-                    token = draft.take(token_id)
-                    if token is None:  # an end token, overruled at once: nothing to decode
-                        break
-                    tokens.append(token)
-                    reply.todo.append(token_id)
-                    if token.finish:
-                        break
+                forced = draft.force(wish.token_ids)
+                for token in forced:
+                    reply.sampler.accept(token.token_id)
+                    reply.todo.append(token.token_id)
+                tokens.extend(forced)
                 continue
-            logprob, top = None, ()
-            if draft.request.top_logprobs is not None:
-                logprobs = log_softmax(logits)
+            logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
             token_id = reply.sampler.sample(self._context, self._batch.outputs[row])
-            if draft.request.top_logprobs is not None:
-                logprob, top = float(logprobs[token_id]), likeliest(logprobs, draft.request.top_logprobs)
-            token = draft.take(token_id, logprob, top)
+            token = draft.take(token_id, logprobs)
             if token:
                 tokens.append(token)
                 reply.todo.append(token_id)
@@ -280,6 +280,7 @@ class LlamaCpp:
         """Take a reply's sequence from it; its tokens stay in the cache for the next prompt that begins with them."""
         sequence, reply.sequence = reply.sequence, None
         assert sequence is not None
+        self._crowded = False
         if self._reuse and sequence.length:
             for covered in self._cache.retain(sequence):
                 C.llama_memory_seq_rm(self._memory, covered.id, -1, -1)
@@ -347,6 +348,24 @@ class _Batch:
             self.outputs.append(end - 1)
         self.entries.append((reply, count))
         self.tokens = self.struct.n_tokens = end
+
+
+class _Pace:
+    """How many prompt tokens a step may carry, so that replies beside it don't stall and a cancellation is not late."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._token_s = _STEP_S / min(most, 256)  # measured as soon as a prompt has been read
+
+    def chunk(self, *, replying: bool) -> int:
+        """Prompt tokens for the next step; a third as long where replies wait for it."""
+        step_s = _STEP_S / 3 if replying else _STEP_S
+        return max(_LEAST_CHUNK, min(self._most, int(step_s / self._token_s)))
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Learn from a step; those of a few tokens tell nothing, they are as slow as one of many."""
+        if tokens >= _LEAST_CHUNK:
+            self._token_s += 0.3 * (seconds / tokens - self._token_s)
 
 
 class _Fit(NamedTuple):

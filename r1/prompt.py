@@ -84,7 +84,7 @@ class ChatTemplate:
 
         try:
             return _environment().from_string(self._source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a syntax error, or nested deeper than Python's compiler goes
             raise BadPrompt(
                 f"the model's chat template is broken: {error}", "serve with --chat-template FILE"
             ) from None
@@ -123,7 +123,7 @@ class ChatTemplate:
             return self._template.render(messages=turns, add_generation_prompt=reply_follows, **names)
         except jinja2.TemplateError as error:
             raise BadPrompt(f"the model's chat template refuses this conversation: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+        except Exception as error:  # foreign code: it may divide by zero or call itself for ever
             raise BadPrompt(f"the model's chat template cannot render this conversation: {error}") from None
 
     def _begin_reply(self, text: str, thinking: bool, resumed: Message | None, mark: str) -> str:
@@ -151,7 +151,7 @@ class ChatTemplate:
             content = f"{opened}\n{reasoning}\n{closed}\n\n{answer}" if preserve and reasoning else answer
         else:
             content = self._defuse(content, mark)
-        turn = {"role": message.role, "content": content}
+        turn = {"role": self._defuse(message.role, mark), "content": content}
         return turn | {"name": self._defuse(message.name, mark)} if message.name else turn
 
     def _defuse(self, text: str, mark: str) -> str:
@@ -161,7 +161,7 @@ class ChatTemplate:
 
     def _free_marks(self, messages: Sequence[Message]) -> list[str]:
         """Three characters that occur in no message: a cut, and stand-ins for the two tags."""
-        everything = "".join(f"{m.content}{m.reasoning or ''}{m.name or ''}" for m in messages)
+        everything = "".join(f"{m.role}{m.content}{m.reasoning or ''}{m.name or ''}" for m in messages)
         free = [character for character in _NONCHARACTERS if character not in everything][:3]
         if len(free) < 3:
             raise BadPrompt(

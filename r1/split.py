@@ -33,9 +33,7 @@ class Splitter:
         text, self._held = self._held + text, ""
         if self.state == "undecided":
             start = text.lstrip()
-            if OPEN.startswith(start):  # nothing but white space and perhaps half a tag
-                if start == OPEN:
-                    return self.open()
+            if OPEN.startswith(start) and start != OPEN:  # nothing but white space and perhaps half a tag
                 self._held = text
                 return []
             if not start.startswith(OPEN):
@@ -46,20 +44,11 @@ class Splitter:
 
     def open(self) -> list[Delta]:
         """Take an opening tag that came as a token of its own."""
-        if self.state == "answering":
-            return [Delta("answer", OPEN)]
-        if self.state == "undecided" or (self._at_start and not self._held.strip()):
-            self.state, self._held, self._at_start = "thinking", "", True
-            return []
-        return self._think(self._take_held() + OPEN)
+        return self.add(OPEN)
 
     def close(self) -> list[Delta]:
         """Take a closing tag that came as a token of its own."""
-        if self.state == "answering":
-            return self._answer(CLOSE)
-        held = self._take_held() if self.state == "thinking" else ""
-        self.state, self._at_start = "answering", True
-        return _reasoning(held.rstrip())
+        return self.add(CLOSE)
 
     def finish(self) -> list[Delta]:
         """Give what was held back: the reply ends here, and half a tag was only text."""

@@ -25,8 +25,8 @@ class StopStrings:
             return text
         text, self._held = self._held + text, ""
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            at, self.hit = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+        if found:  # the one that is complete first, as in a text that comes character by character
+            at, self.hit = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
             return text[:at]
         hold = max(overlap(text, stop) for stop in self._stops)
         if hold:

@@ -86,11 +86,7 @@ class Note(NamedTuple):
     outcome: Outcome | None = None
 
 
-class Seen(NamedTuple):
-    """As `backends.base.Seen`: the note, and the reason to end, if there is one."""
-
-    note: Note
-    finish: Literal["stop", "length"] | None
+Finish = Literal["stop", "length"]
 
 
 @dataclass(slots=True)
@@ -171,12 +167,12 @@ class Thinking:
             return self._forbid_closing()
         return None
 
-    def see(self, token_id: int, text: str, finish: Literal["stop", "length"] | None) -> Seen:
+    def see(self, token_id: int, text: str, finish: Finish | None) -> tuple[Note, Finish | None]:
         """After a token is drawn: split its text, watch for stop strings and loops, and decide whether to end."""
         was = self._splitter.state
         if finish == "stop" and was == "thinking" and self.rules.want_answer:
             self._resume_at_end = True
-            return Seen(Note((), "reasoning"), None)
+            return Note((), "reasoning"), None
         self._inside_character = text == "" and finish is None and token_id not in self.tags.end_ids
         deltas = self._split(token_id, text)
         now = self._splitter.state
@@ -193,8 +189,8 @@ class Thinking:
         if self._hit is not None:
             finish = "stop"
         if finish is None:
-            return Seen(Note(stopped, channel), None)
-        return Seen(Note(stopped, channel, self._outcome(finish)), finish)
+            return Note(stopped, channel), None
+        return Note(stopped, channel, self._outcome(finish)), finish
 
     # Its parts
 
@@ -265,7 +261,7 @@ class Thinking:
     def _hit(self) -> str | None:
         return self._stops["answer"].hit or self._stops["reasoning"].hit
 
-    def _outcome(self, finish: Literal["stop", "length"]) -> Outcome:
+    def _outcome(self, finish: Finish) -> Outcome:
         closed_by = self._closed_by
         if closed_by is None and self._count.thinking:
             closed_by = "stop" if self._hit is not None else "length" if finish == "length" else "eos"

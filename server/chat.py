@@ -58,7 +58,7 @@ async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) ->
     shape = _Shape(model, body, replies, "chat.completion")
     gathered = [_Gathered() for _ in replies.thinking]
     async for piece in replies.pieces():
-        gathered[piece.index].add(piece, model)
+        gathered[piece.choice].add(piece, model)
     choices = []
     for index, reply in enumerate(gathered):
         assert reply.finish is not None and reply.outcome is not None
@@ -85,7 +85,7 @@ async def chat_events(model: ServedModel, body: ChatRequest, replies: Replies) -
     for index in range(len(replies.thinking)):
         yield shape.event({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
     async for piece in replies.pieces():
-        if piece.index == 0:
+        if piece.choice == 0:
             first.add(piece, None)
         for event in shape.piece_events(piece):
             yield event
@@ -141,17 +141,18 @@ class _Shape:
         """The chunks of one token: one for each channel it has text in, one for the end."""
         logs = None
         if piece.logprob and not (piece.channel == "reasoning" and self._format == "hidden"):
-            empty: dict[Channel, list[Any]] = {"reasoning": [], "answer": []}
-            logs = _logprobs(empty | {piece.channel: [logprob_json(self._model, piece.logprob)]})
+            entries: dict[Channel, list[dict[str, Any]]] = {"reasoning": [], "answer": []}
+            entries[piece.channel].append(logprob_json(self._model, piece.logprob))
+            logs = _logprobs(entries)
         events = []
         for delta in piece.deltas:
             if fields := self.fields(delta.channel, delta.text):
-                choice: dict[str, Any] = {"index": piece.index, "delta": fields, "finish_reason": None}
+                choice: dict[str, Any] = {"index": piece.choice, "delta": fields, "finish_reason": None}
                 if logs:  # told once, with the first delta of its token
                     choice["logprobs"], logs = logs, None
                 events.append(self.event(choice))
         if piece.finish or logs:
-            choice = {"index": piece.index, "delta": {}, "finish_reason": piece.finish}
+            choice = {"index": piece.choice, "delta": {}, "finish_reason": piece.finish}
             if logs:
                 choice["logprobs"] = logs
             if piece.outcome:

@@ -40,10 +40,10 @@ async def completion_whole(model: ServedModel, body: CompletionRequest, replies:
     logs: list[list[LogProb]] = [[] for _ in range(count)]
     finishes: list[str | None] = [None] * count
     async for piece in replies.pieces():
-        texts[piece.index].extend(delta.text for delta in piece.deltas)
+        texts[piece.choice].extend(delta.text for delta in piece.deltas)
         if piece.logprob:
-            logs[piece.index].append(piece.logprob)
-        finishes[piece.index] = piece.finish or finishes[piece.index]
+            logs[piece.choice].append(piece.logprob)
+        finishes[piece.choice] = piece.finish or finishes[piece.choice]
     choices = [
         {"index": i, "text": "".join(texts[i]), "logprobs": _logprobs(model, logs[i], 0), "finish_reason": finishes[i]}
         for i in range(count)
@@ -64,8 +64,8 @@ async def completion_events(
     async for piece in replies.pieces():
         text = "".join(delta.text for delta in piece.deltas)
         if text or piece.finish or piece.logprob:
-            yield _event(head, _choice(model, piece, text, lengths[piece.index]))
-            lengths[piece.index] += len(text)
+            yield _event(head, _choice(model, piece, text, lengths[piece.choice]))
+            lengths[piece.choice] += len(text)
     if include_usage:
         yield b"data: " + json.dumps(head | {"choices": [], "usage": usage_json(replies.usage)}).encode() + b"\n\n"
     yield DONE
@@ -73,7 +73,7 @@ async def completion_events(
 
 def _choice(model: ServedModel, piece: Piece, text: str, offset: int) -> dict[str, Any]:
     logs = _logprobs(model, [piece.logprob] if piece.logprob else [], offset)
-    return {"index": piece.index, "text": text, "logprobs": logs, "finish_reason": piece.finish}
+    return {"index": piece.choice, "text": text, "logprobs": logs, "finish_reason": piece.finish}
 
 
 def _prompt_ids(model: ServedModel, body: CompletionRequest) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _one_line(message)
         self.code = code
         self.param = param
         self.headers = headers
@@ -48,6 +49,7 @@ class ApiError(Exception):
         return b"data: " + json.dumps(self.body).encode() + b"\n\n"
 
 
+_LONGEST = 400  # characters of a message; it may quote what was sent
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -83,15 +85,28 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(500, "the server made a mistake; its log has the details", code="internal_error")
 
 
+_UNION_MEMBER = re.compile(r"str|int|float|bool|(list|dict|nullable|constrained|function)[\[-].*")
+"""What pydantic puts into a path to say which member of a union it tried; no client knows these names."""
+
+
 def _from_validation(error: ValidationError) -> ApiError:
     """Say the first complaint of pydantic's as a sentence, with the path of the field."""
     complaints = error.errors(include_url=False, include_input=False)
     # Of the members of a union each complains; the longest path is the one that came furthest.
     first = max(complaints, key=lambda complaint: len(complaint["loc"]))
-    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "function-")))
+    path = _one_line(".".join(str(part) for part in first["loc"] if not _UNION_MEMBER.fullmatch(str(part))))
     words = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if not path and first["type"] == "value_error":  # about several fields; the sentence begins with the one to change
+        named, _, rest = words.partition(": ")
+        path, words = (named, rest) if named.isidentifier() else (path, words)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {words.removeprefix('Invalid JSON: ')}", code="invalid_json")
     if first["type"] == "missing":
         return ApiError(400, f"{path} is required", param=path, code="missing_required_parameter")
     return ApiError(400, f"{path}: {words}" if path else words, param=path or None, code="invalid_value")
+
+
+def _one_line(text: str) -> str:
+    """A text that fits into a log's line: nothing unprintable, and only the two ends of what is very long."""
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 101]}…{text[-100:]}"
+    return "".join(character if character.isprintable() else " " for character in text).strip()

@@ -66,8 +66,9 @@ class Gate:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
             found = False
+            given_hash = key_hash(key.encode("latin-1").decode(errors="surrogateescape"))  # headers come as Latin-1
             for known in settings.key_hashes:  # all of them, whatever is found: the time must tell nothing
-                found |= hmac.compare_digest(key_hash(key), known)
+                found |= hmac.compare_digest(given_hash, known)
             if not found:
                 words = "that is not one of this server's API keys" if key else "this server wants an API key"
                 return ApiError(
@@ -77,7 +78,7 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > settings.max_body:
+        if length.isdecimal() and int(length) > settings.max_body:
             return self._too_large()
         return None
 
@@ -88,11 +89,14 @@ class Gate:
 
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body // (1024 * 1024)
-        return ApiError(413, f"the request is larger than {limit} MB; the server's --max-body sets the limit")
+        return ApiError(
+            413, f"the request is larger than {limit} MB; the server's --max-body sets the limit", code="body_too_large"
+        )
 
 
 def _host(header: str) -> str:
     """The name in a Host header, without its port."""
+    header = header.lower()
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.rpartition(":")[0] if ":" in header else header

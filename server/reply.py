@@ -46,7 +46,7 @@ class LogProb(NamedTuple):
 class Piece(NamedTuple):
     """What one token adds to one of the replies."""
 
-    index: int
+    choice: int  # which of the `n`, from 0
     deltas: Sequence[Delta]
     channel: Channel
     logprob: LogProb | None
@@ -111,16 +111,16 @@ class Replies:
         finally:
             watch.close()
 
-    def _piece(self, index: int, token: Token) -> Piece:
+    def _piece(self, choice: int, token: Token) -> Piece:
         usage = self.usage
         usage.completion_tokens += 1
-        if token.started and index == 0:  # the others of n find what the first one had to read
+        if token.started and choice == 0:  # the others of n find what the first one had to read
             usage.cached_tokens = token.started.cached_tokens
         deltas, channel, outcome = token.note
         if outcome:
             usage.reasoning_tokens += outcome.reasoning_tokens
         logprob = None if token.logprob is None else LogProb(token.token_id, token.logprob, token.top_logprobs)
-        return Piece(index, deltas, channel, logprob, token.finish, outcome)
+        return Piece(choice, deltas, channel, logprob, token.finish, outcome)
 
 
 def _own_seed(sampling: Sampling, index: int) -> Sampling:

@@ -95,6 +95,10 @@ class InProcess:
         assert (response.status_code, response.headers["content-type"].split(";")[0]) == (200, "text/event-stream")
         return events(response.text)
 
+    def service_paths(self) -> list[str]:
+        """Every path that the application knows."""
+        return [route.path.replace("{name:path}", "x").replace("{reply_id}", "x") for route in self.app.routes]
+
     def close(self) -> None:
         self.service.close()
 

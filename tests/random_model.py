@@ -1,0 +1,68 @@
+"""A llama of two blocks with random weights and a vocabulary of bytes: real llama.cpp in a millisecond a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+CONTROL = ("<|begin|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>")
+TAGS = ("<think>", "</think>")  # user-defined, as in R1's vocabularies
+WIDTH, BLOCKS, HEADS, FORWARD = 64, 2, 2, 128
+
+
+def write_model(path: Path, *, context: int = 2048, seed: int = 0) -> Path:
+    """A GGUF file of about 600 kB. The weights are large, so that replies are lively and greedy choices are clear."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(context)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = [*_byte_names(), *CONTROL, *TAGS]
+    kinds = [gguf.TokenType.NORMAL] * 256
+    kinds += [gguf.TokenType.CONTROL] * len(CONTROL) + [gguf.TokenType.USER_DEFINED] * len(TAGS)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["Ā ā"])  # one at least; of two bytes that no text has
+    writer.add_bos_token_id(tokens.index("<|begin|>"))
+    writer.add_eos_token_id(tokens.index("<|end|>"))
+    writer.add_add_bos_token(True)
+
+    def matrix(name: str, rows: int, columns: int, scale: float = 1.0) -> None:
+        weights = random.standard_normal((rows, columns)) * scale * columns**-0.5
+        writer.add_tensor(name, weights.astype(np.float32))
+
+    def ones(name: str) -> None:
+        writer.add_tensor(name, np.ones(WIDTH, np.float32))
+
+    matrix("token_embd.weight", len(tokens), WIDTH, 8.0)
+    ones("output_norm.weight")
+    matrix("output.weight", len(tokens), WIDTH, 3.0)
+    for block in range(BLOCKS):
+        prefix = f"blk.{block}."
+        ones(prefix + "attn_norm.weight")
+        ones(prefix + "ffn_norm.weight")
+        for part in ("q", "k", "v", "output"):
+            matrix(f"{prefix}attn_{part}.weight", WIDTH, WIDTH, 2.0)
+        matrix(prefix + "ffn_gate.weight", FORWARD, WIDTH, 2.0)
+        matrix(prefix + "ffn_up.weight", FORWARD, WIDTH, 2.0)
+        matrix(prefix + "ffn_down.weight", WIDTH, FORWARD, 2.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _byte_names() -> list[str]:
+    """GPT-2's names for the 256 bytes: printable ones are themselves, the others come from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
