@@ -12,6 +12,7 @@ from .r1.errors import UserError
 COMMANDS = {  # name -> (module, what it does)
     "serve": ("server.cli", "serve a model to OpenAI clients"),
     "chat": ("server.cli", "talk to a model in the terminal"),
+    "conformance": ("server.conformance.cli", "try how a server treats a model's thoughts, case by case"),
     "pull": ("r1.cli", "download a model from the Hugging Face hub"),
     "list": ("r1.cli", "list the models on this disk"),
     "show": ("r1.cli", "show what a model is, and the memory it takes"),
@@ -22,7 +23,7 @@ HELP = f"""Stillhouse {__version__}: run, shrink and sharpen R1-distilled models
 
 usage: stillhouse COMMAND [--help] ...
 
-{chr(10).join(f"  {name:<8} {words}" for name, (_, words) in COMMANDS.items())}
+{chr(10).join(f"  {name:<11} {words}" for name, (_, words) in COMMANDS.items())}
 
 start:  stillhouse serve                      the embedded small model, on 127.0.0.1:8000
         stillhouse serve deepseek-r1:1.5b     the smallest R1 distill (1.1 GB, downloaded once)

@@ -137,7 +137,11 @@ class Engine:
     def _deliver(self, tokens: list[Token]) -> None:
         mail: dict[asyncio.AbstractEventLoop | None, list[tuple[_Mailbox, Item]]] = {}
         for token in tokens:
-            mailbox = self._mailboxes.pop(token.request_id) if token.finish else self._mailboxes[token.request_id]
+            mailbox = self._mailboxes.get(token.request_id)
+            if mailbox is None:  # a backend that goes on after a finish hurts nobody
+                continue
+            if token.finish:
+                del self._mailboxes[token.request_id]
             mail.setdefault(mailbox.loop, []).append((mailbox, token))
         _post(mail)
 

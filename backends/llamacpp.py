@@ -485,5 +485,6 @@ def _silence() -> None:
 
 def _last_words() -> str:
     """The first complaint of a failed call: what follows are its consequences."""
-    words = next((line for line in _complaints if "error" in line.lower() or "fail" in line.lower()), "no reason given")
+    last = _complaints[-1] if _complaints else "no reason given"
+    words = next((line for line in _complaints if "error" in line.lower() or "fail" in line.lower()), last)
     return words.split(": ", 1)[-1] if words.startswith("llama_") else words

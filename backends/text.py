@@ -21,5 +21,6 @@ class TextDecoder:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """Give what was held back: U+FFFD where the reply stops inside a character, mostly nothing."""
-        return self._utf8.decode(b"", final=True)
+        """Give what is held back, and keep it: U+FFFD where the reply stops inside a character, mostly nothing."""
+        held, _ = self._utf8.getstate()
+        return held.decode(errors="replace")

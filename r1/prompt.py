@@ -80,8 +80,6 @@ class ChatTemplate:
                 "this model file carries no chat template",
                 "use /v1/completions with a prompt of your own, or serve with --chat-template FILE",
             )
-        import jinja2
-
         try:
             return _environment().from_string(self._source)
         except Exception as error:  # a syntax error, or nested deeper than Python's compiler goes
@@ -103,11 +101,13 @@ class ChatTemplate:
         A last message of the assistant is one to go on with, in its thoughts or in its answer. Thoughts in earlier
         turns are left out unless `preserve_thinking`. Raises `BadPrompt` with the template's own words.
         """
-        mark, opened, closed = self._free_marks(messages)
+        variables = variables or {}
+        mark, opened, closed = self._free_marks(messages, variables)
+        variables = {key: self._defuse(it, mark) if isinstance(it, str) else it for key, it in variables.items()}
         resumed = messages[-1] if reply_follows and messages and messages[-1].role == "assistant" else None
         history = messages[:-1] if resumed else messages
         turns = [self._turn(message, preserve_thinking, mark, opened, closed) for message in history]
-        text = self._render(turns, thinking, reply_follows, variables or {})
+        text = self._render(turns, thinking, reply_follows, variables)
         if reply_follows:
             text = self._begin_reply(text, thinking, resumed, mark)
         text = text.replace(opened, OPEN).replace(closed, CLOSE)
@@ -118,9 +118,16 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
-        names = {"bos_token": self._bos, "eos_token": self._eos, "enable_thinking": thinking} | dict(variables)
+        names = {
+            **variables,  # first: none of them may stand in for what follows
+            "messages": turns,
+            "add_generation_prompt": reply_follows,
+            "enable_thinking": thinking,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+        }
         try:
-            return self._template.render(messages=turns, add_generation_prompt=reply_follows, **names)
+            return self._template.render(names)
         except jinja2.TemplateError as error:
             raise BadPrompt(f"the model's chat template refuses this conversation: {error}") from None
         except Exception as error:  # foreign code: it may divide by zero or call itself for ever
@@ -135,7 +142,7 @@ class ChatTemplate:
             if thinking and self.is_r1 and state == "unsaid":
                 return text + f"{OPEN}\n"  # DeepSeek's advice: else it may skip thinking
             return text
-        answer = self._defuse(_answer_of(resumed.content), mark)
+        answer = self._defuse(_answer_of(resumed), mark)
         reasoning = self._defuse(_reasoning_of(resumed), mark)
         if not (reasoning or self.can_think):
             return text + answer
@@ -146,7 +153,7 @@ class ChatTemplate:
     def _turn(self, message: Message, preserve: bool, mark: str, opened: str, closed: str) -> dict[str, str]:
         content = message.content
         if message.role == "assistant":
-            answer = self._defuse(_answer_of(content), mark)
+            answer = self._defuse(_answer_of(message), mark)
             reasoning = self._defuse(_reasoning_of(message), mark)
             content = f"{opened}\n{reasoning}\n{closed}\n\n{answer}" if preserve and reasoning else answer
         else:
@@ -159,9 +166,10 @@ class ChatTemplate:
         starts = [found.start() + 1 for found in self._control.finditer(text)]
         return mark.join(text[a:b] for a, b in zip([0, *starts], [*starts, None], strict=True))
 
-    def _free_marks(self, messages: Sequence[Message]) -> list[str]:
-        """Three characters that occur in no message: a cut, and stand-ins for the two tags."""
+    def _free_marks(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
+        """Three characters that the caller uses nowhere: a cut, and stand-ins for the two tags."""
         everything = "".join(f"{m.role}{m.content}{m.reasoning or ''}{m.name or ''}" for m in messages)
+        everything += "".join(value for value in variables.values() if isinstance(value, str))
         free = [character for character in _NONCHARACTERS if character not in everything][:3]
         if len(free) < 3:
             raise BadPrompt(
@@ -170,15 +178,18 @@ class ChatTemplate:
         return free
 
 
-def _answer_of(content: str) -> str:
+def _answer_of(message: Message) -> str:
     """An assistant's turn without its thoughts, however they came: tagged, without the opener, or never closed.
 
-    >>> _answer_of("<think>hm</think>\\n\\nfour"), _answer_of("hm</think>four"), _answer_of("<think>hm")
-    ('four', 'four', '')
+    >>> texts = "<think>hm</think>\\n\\nfour", "hm</think>four", "<think>hm"
+    >>> [_answer_of(Message("assistant", text)) for text in texts]
+    ['four', 'four', '']
     """
+    content = message.content
     opened = content.lstrip().startswith(OPEN)
     before, closed, after = content.partition(CLOSE)
-    if closed and (opened or OPEN not in before):
+    # Where the thoughts came apart, a closing tag without an opener is a word of the answer.
+    if closed and (opened or (OPEN not in before and message.reasoning is None)):
         return after.lstrip("\n")
     return "" if opened else content
 

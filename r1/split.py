@@ -50,6 +50,15 @@ class Splitter:
         """Take a closing tag that came as a token of its own."""
         return self.add(CLOSE)
 
+    def answer(self) -> None:
+        """Take note that what comes now is the answer, word for word, whatever it looks like."""
+        self.state, self._held, self._at_start = "answering", "", False
+
+    @property
+    def half_tag(self) -> int:
+        """How many characters of a closing tag may have come already."""
+        return overlap(self._held, CLOSE)
+
     def finish(self) -> list[Delta]:
         """Give what was held back: the reply ends here, and half a tag was only text."""
         held = self._take_held()

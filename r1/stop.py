@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .split import overlap
 
@@ -10,10 +10,11 @@ from .split import overlap
 class StopStrings:
     """Watches one text for several strings and holds back what might be the start of one."""
 
-    __slots__ = ("_held", "_stops", "hit")
+    __slots__ = ("_held", "_may_stop", "_stops", "hit")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], may_stop: Callable[[str], bool] = lambda text: True) -> None:
         self._stops = tuple(stops)
+        self._may_stop = may_stop  # asked with what would be given before a stop string; else that is only text
         self._held = ""
         self.hit: str | None = None  # the one that was found
 
@@ -25,6 +26,7 @@ class StopStrings:
             return text
         text, self._held = self._held + text, ""
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for at, stop in found if self._may_stop(text[:at])]
         if found:  # the one that is complete first, as in a text that comes character by character
             at, self.hit = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
             return text[:at]

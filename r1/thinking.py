@@ -1,8 +1,8 @@
-"""One state machine a request: what it thinks, what it answers, and when thinking has to end.
+"""One state machine a request: what it thinks, what it answers, in what form, and when thinking has to end.
 
 It is the request's steer (see `backends/base.py`; it fits that protocol without importing it) and runs in the engine's
-thread: budget, reserve, forced `</think>`, minimum thinking, loop breaker, stop strings and the split are all here, the
-same for every backend. Knows nothing of JSON, of the runtime, or of how the prompt was written.
+thread: budget, reserve, forced `</think>`, minimum thinking, loop breaker, stop strings, the split and the form of the answer
+are all here, the same for every backend. Knows nothing of JSON, of the runtime, or of how the prompt was written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .grammar import Bits, Matcher
 from .loops import LoopDetector
 from .messages import Channel, ClosedBy, Delta
 from .prompt import CLOSE, OPEN
@@ -26,6 +27,7 @@ CLOSING_PHRASE = "\n\nI have thought about this long enough; it is time to give 
 
 _SENTENCE_ENDS = (".", "!", "?", "\n", "。", "！", "？")
 _PHRASES_IN_ROOM = 6  # a reply with room for fewer closing phrases goes without
+_MOST_NEWLINES = 2  # tokens of nothing but newlines between the thoughts and an answer that has a form
 _LIKELY = 3.0  # in the soft window `</think>` is taken if its logit is so near the best (a twentieth as likely)
 
 
@@ -106,6 +108,7 @@ class Thinking:
     state: State
     force: Callable[[tuple[int, ...]], Any]  # the backends' `Force` and `Only`, handed in so that imports run down only
     only: Callable[[NDArray[np.uint32]], Any]
+    grammar: Matcher | None = None  # the form that the answer is held to
     _splitter: Splitter = field(init=False)
     _stops: dict[Channel, StopStrings] = field(init=False)
     _loops: LoopDetector | None = field(init=False)
@@ -117,19 +120,35 @@ class Thinking:
     _inside_character: bool = field(init=False, default=False)
     _looping: bool = field(init=False, default=False)
     _resume_at_end: bool = field(init=False, default=False)
+    _newlines: int = field(init=False, default=0)  # tokens of these that may still come before the answer's form
+    _answer: str = field(init=False, default="")  # so far, where it has a form
 
     def __post_init__(self) -> None:
+        if self.grammar and self.state == "undecided" and self.tags.open_id is None:
+            self.state = "answering"  # a text that may be a tag or not can't be held to a form
+        self._newlines = 0 if self.state == "answering" else _MOST_NEWLINES
         self._splitter = Splitter(self.state)
         scoped = self.rules.stops if self.rules.stop_scope == "all" else ()
-        self._stops = {"answer": StopStrings(self.rules.stops), "reasoning": StopStrings(scoped)}
+        self._stops = {
+            "answer": StopStrings(self.rules.stops, self._may_stop),
+            "reasoning": StopStrings(scoped),
+        }
         self._loops = LoopDetector() if self.rules.break_loops else None
 
     @property
     def reserve(self) -> int:
-        """Tokens kept free for the answer: as asked for, or 256 or 15 % of the room, but never over half of it."""
-        if self.rules.reserve is not None:
-            return min(self.rules.reserve, max(0, self.room - 1))
-        return min(max(256, self.room * 15 // 100), self.room // 2)
+        """Tokens kept free for the answer: as asked for, or 256 or 15 % of the room, but never over half of it.
+
+        An answer that has a form gets what its shortest text needs, all of the room if it must be.
+        """
+        asked = self.rules.reserve
+        if asked is None:
+            asked = min(max(256, self.room * 15 // 100), self.room // 2)
+        return min(max(asked, self._least_answer), max(0, self.room - 1))
+
+    @property
+    def _least_answer(self) -> int:
+        return self.grammar.form.least_tokens if self.grammar else 0
 
     @property
     def limit(self) -> tuple[int, ClosedBy]:
@@ -142,7 +161,8 @@ class Thinking:
     def _closing_ids(self) -> tuple[int, ...]:
         """What closes the thoughts by force. In a very short reply the phrase would take the answer's place."""
         whole = self.tags.phrase_ids + self.tags.close_ids
-        return whole if self.room >= _PHRASES_IN_ROOM * len(whole) else self.tags.close_ids
+        fits = self.room >= max(_PHRASES_IN_ROOM * len(whole), self._least_answer + len(whole))
+        return whole if fits else self.tags.close_ids
 
     def end_thinking(self) -> bool:
         """Close the thoughts at the next token. May be called from any thread; false if there is nothing to close."""
@@ -156,6 +176,8 @@ class Thinking:
     def wish(self, logits: Callable[[], NDArray[np.float32]]) -> Any:
         """Before a token is drawn: nothing, or the tokens that close the thoughts, or all but those that would."""
         if self._splitter.state != "thinking":
+            if self.grammar:
+                return self.only(self._formed(self.grammar))
             wanting = self.rules.want_answer and self._count.thinking and self._count.blank_answer
             return self._forbid_closing() if wanting and self._splitter.state == "answering" else None
         reason = self._reason_to_close(logits)
@@ -165,6 +187,8 @@ class Thinking:
         too_short = self._count.thinking < self.rules.min_tokens
         if too_short or (self.rules.guard_bypass and self._count.blank_thought):
             return self._forbid_closing()
+        if self.grammar and self.tags.close_id is None and (half := self._splitter.half_tag):
+            return self.only(self.grammar.form.tokens.never_glued(CLOSE[half:]))
         return None
 
     def see(self, token_id: int, text: str, finish: Finish | None) -> tuple[Note, Finish | None]:
@@ -173,6 +197,8 @@ class Thinking:
         if finish == "stop" and was == "thinking" and self.rules.want_answer:
             self._resume_at_end = True
             return Note((), "reasoning"), None
+        if self.grammar and was != "thinking":
+            finish = self._follow_form(self.grammar, token_id, finish)
         self._inside_character = text == "" and finish is None and token_id not in self.tags.end_ids
         deltas = self._split(token_id, text)
         now = self._splitter.state
@@ -193,6 +219,36 @@ class Thinking:
         return Note(stopped, channel, self._outcome(finish)), finish
 
     # Its parts
+
+    def _formed(self, grammar: Matcher) -> Bits:
+        """What an answer's form allows next; before it begins also newlines, and thoughts where none have begun."""
+        bits = grammar.mask()
+        if self._newlines:
+            bits = bits | grammar.form.tokens.newlines[1]
+        if self._splitter.state == "undecided" and self.tags.open_id is not None:
+            bits[self.tags.open_id // 32] |= np.uint32(1 << self.tags.open_id % 32)
+        return bits
+
+    def _follow_form(self, grammar: Matcher, token_id: int, finish: Finish | None) -> Finish | None:
+        """Move the form on by one token of the answer, and tell whether the reply ends with it."""
+        if token_id in self.tags.end_ids:
+            return "length" if grammar.is_broken else finish  # cut short is what it is
+        if self._splitter.state == "undecided" and token_id == self.tags.open_id:
+            return finish
+        if self._newlines and token_id in grammar.form.tokens.newlines[0]:
+            self._newlines -= 1
+            return finish
+        if self._newlines or self._splitter.state == "undecided":
+            self._newlines = 0
+            self._splitter.answer()
+        grammar.take(token_id)
+        if grammar.is_broken:
+            return "length"
+        return "stop" if grammar.is_complete else finish
+
+    def _may_stop(self, before: str) -> bool:
+        """Whether a stop string may end the answer here: one that has a form must be whole."""
+        return self.grammar is None or self.grammar.form.accepts(self._answer + before)
 
     def _reason_to_close(self, logits: Callable[[], NDArray[np.float32]]) -> tuple[ClosedBy, bool] | None:
         """Why the thoughts must end before the next token, and whether the model wants that itself (no phrase then)."""
@@ -251,6 +307,8 @@ class Thinking:
                 kept.append(Delta("reasoning", text))  # the thoughts are over: half a stop string was only text
             if self._hit is None and (text := self._stops[delta.channel].add(delta.text)):
                 kept.append(Delta(delta.channel, text))
+                if self.grammar and delta.channel == "answer":
+                    self._answer += text
         if ending and self._hit is None:
             for channel in ("reasoning", "answer"):
                 if text := self._stops[channel].finish():

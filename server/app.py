@@ -12,14 +12,17 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from .. import __version__
+from ..r1.errors import UserError
 from . import chat, completions, tokens
 from .errors import ApiError, as_api_error
 from .gate import Gate
 from .metrics import Metrics
 from .model import ServedModel
+from .page import add_page
 from .reply import Ask, Replies
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .settings import Settings
@@ -71,8 +74,8 @@ class Service:
         """Requests that run or wait."""
         return len(self.live)
 
-    def begin(self, ask: Ask) -> Replies:
-        """Count a request in; `end` counts it out. Raises 429 where all places are taken."""
+    def check_room(self) -> None:
+        """Raise 429 where all places are taken; before a prompt is encoded, which costs."""
         if self.in_flight >= self.settings.parallel + self.settings.max_waiting:
             raise ApiError(
                 429,
@@ -80,6 +83,10 @@ class Service:
                 code="queue_full",
                 headers={"Retry-After": "2"},
             )
+
+    def begin(self, ask: Ask) -> Replies:
+        """Count a request in; `end` counts it out. Raises 429 where all places are taken."""
+        self.check_room()
         replies = Replies(self.model, ask, self.metrics)
         self.live[replies.id] = replies
         return replies
@@ -96,6 +103,7 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_info(app, service)
     _add_generation(app, service)
+    add_page(app)
     _describe(app)
     app.add_middleware(Gate, settings=service.settings, metrics=service.metrics)
     if service.settings.origins:
@@ -114,6 +122,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatRequest)
         model = service.model
+        service.check_room()
         ask = await asyncio.to_thread(chat.chat_ask, model, body)
         if not body.stream:
             return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, body, replies))
@@ -134,6 +143,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def text_completions(request: Request) -> Response:
         body = await _read(request, CompletionRequest)
         model = service.model
+        service.check_room()
         ask = await asyncio.to_thread(completions.completion_ask, model, body)
         if not body.stream:
             return await _whole(
@@ -183,7 +193,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         service.metrics.refused.labels("", str(api_error.status)).inc()
         return api_error.response()
 
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, UserError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
 
 

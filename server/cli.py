@@ -13,7 +13,7 @@ _SERVE_EXAMPLES = """examples:
   stillhouse serve ./model.gguf --context 16384 --parallel 8 --kv-type q8_0
   stillhouse serve deepseek-r1:7b --host 0.0.0.0 --api-key-file keys.txt
 
-Every flag can also be set in the environment: --kv-type as STILLHOUSE_KV_TYPE."""
+A flag that is given once can also be set in the environment: --kv-type as STILLHOUSE_KV_TYPE."""
 
 _CHAT_EXAMPLES = """examples:
   stillhouse chat "What is 17 * 23?"                  one answer on stdout, its thoughts dim on stderr

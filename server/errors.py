@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from ..backends.base import BackendFailed, PromptTooLong
@@ -50,6 +51,7 @@ class ApiError(Exception):
 
 
 _LONGEST = 400  # characters of a message; it may quote what was sent
+_MOST_COMPLAINTS = 10_000
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -75,6 +77,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), code="engine_failed", headers={"Retry-After": "1"})
         case UserError():
             return ApiError(400, str(error))
+        case ClientDisconnect():
+            return ApiError(499, "the client hung up before its request was whole")  # nobody reads it; it is counted
         case ValidationError():
             return _from_validation(error)
         case HTTPException():
@@ -91,6 +95,8 @@ _UNION_MEMBER = re.compile(r"str|int|float|bool|(list|dict|nullable|constrained|
 
 def _from_validation(error: ValidationError) -> ApiError:
     """Say the first complaint of pydantic's as a sentence, with the path of the field."""
+    if error.error_count() > _MOST_COMPLAINTS:  # to write millions of them down would take a minute
+        return ApiError(400, f"the body has {error.error_count()} wrong values", code="invalid_value")
     complaints = error.errors(include_url=False, include_input=False)
     # Of the members of a union each complains; the longest path is the one that came furthest.
     first = max(complaints, key=lambda complaint: len(complaint["loc"]))

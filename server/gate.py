@@ -1,18 +1,19 @@
 """The door: who may come in, and with how much. Plain ASGI, before any route; knows nothing of what is asked.
 
-`/health` and `/ready` are open to everybody, so that a supervisor needs no key. Everything else is closed by default.
+`/health` and `/ready` are open to everybody, so that a supervisor needs no key, and so is the chat page, which asks its
+reader for one. Everything else is closed by default.
 """
 
 from __future__ import annotations
 
 import hmac
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .metrics import Metrics
+from .page import is_page
 from .settings import Settings, key_hash
 
 _OPEN_PATHS = ("/health", "/ready")
@@ -62,7 +63,8 @@ class Gate:
             return ApiError(
                 403, f"pages of {origin[:200]} may not call this server; allow them with --cors", code="bad_origin"
             )
-        if settings.key_hashes and scope["path"] not in _OPEN_PATHS and scope["method"] != "OPTIONS":
+        is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS" or is_page(scope["method"], scope["path"])
+        if settings.key_hashes and not is_open:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
             found = False
@@ -85,7 +87,7 @@ class Gate:
     def _is_allowed(self, origin: str, host: str) -> bool:
         if "*" in self._settings.origins or origin in self._settings.origins:
             return True
-        return urlsplit(origin).netloc == host
+        return origin.partition("://")[2] == host
 
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body // (1024 * 1024)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -43,8 +45,13 @@ def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callabl
 
     async def run() -> None:
         answering = asyncio.create_task(server.serve(sockets=[listener]))
+        loading = _in_a_thread(load)
+        await asyncio.wait({answering, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():  # told to stop; what loads cannot be interrupted, and has nothing to save
+            await answering
+            os._exit(0)
         try:
-            model = await asyncio.to_thread(load)
+            model = loading.result()
             service.ready(model)
             announce(model, f"http://{_shown(settings.host)}:{port}")
         except BaseException:
@@ -93,7 +100,7 @@ class _Server(uvicorn.Server):
         if service.in_flight:
             grace = service.settings.grace_s
             print(
-                f"stopping: {service.in_flight} replies in progress, up to {grace:g} s; once more ends them",
+                f"stopping: {service.in_flight} in progress, {grace:g} s at most; a second signal ends them",
                 file=sys.stderr,
             )
         loop = asyncio.get_running_loop()
@@ -104,16 +111,36 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _in_a_thread(load: Callable[[], ServedModel]) -> asyncio.Future[ServedModel]:
+    """Load beside the event loop, in a thread that the process does not wait for when it ends."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[ServedModel] = loop.create_future()
+
+    def work() -> None:
+        try:
+            model = load()
+        except BaseException as error:
+            loop.call_soon_threadsafe(loaded.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(loaded.set_result, model)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return loaded
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # now, and not when uvicorn starts: only then the port is ours
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} is taken by another program", f"serve with --port {port + 1}") from None
+            raise UserError(
+                f"port {port} is taken by another program", f"serve with --port {(port + 1) % 65536}"
+            ) from None
         if error.errno == errno.EACCES:
             raise UserError(f"port {port} needs more rights than you have", "serve with --port 8000") from None
         raise UserError(

@@ -61,7 +61,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     )
     _flag(group, "--threads", type=_positive, metavar="N", help="compute threads; default: the physical cores")
     _flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
-    _flag(group, "--flash-attention", choices=("auto", "on", "off"), default="auto", help="default auto")
+    _flag(group, "--flash-attention", type=_switch, default="auto", metavar="auto|on|off", help="default auto")
     _flag(
         group,
         "--batch-tokens",
@@ -91,7 +91,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         group,
         "--grace",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="for replies in progress at shutdown (default 30)",
@@ -195,7 +195,23 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else _whole(text, 0, 10_000)
 
 
+def _switch(text: str) -> str:
+    if text not in ("auto", "on", "off"):  # argparse checks `choices` for flags, and not for the environment
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, on or off")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return seconds
+
+
 def _whole(text: str, least: int, most: int) -> int:
-    if not text.strip().isdigit() or not least <= int(text) <= most:
+    if not text.strip().isdecimal() or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
     return int(text)

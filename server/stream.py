@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus
+from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from .errors import as_api_error
 
+log = logging.getLogger("stillhouse")
 KEEP_ALIVE_S = 15  # proxies give up on silent connections, often after 60 s
 _SEND_TIMEOUT_S = 30  # a client that reads nothing for so long is gone
 DONE = b"data: [DONE]\n\n"
@@ -34,7 +36,7 @@ class EventStream(EventSourceResponse):
             _with_error(events),
             headers=headers,
             ping=KEEP_ALIVE_S,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive"),
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=_SEND_TIMEOUT_S,
             sep="\n",
         )
@@ -44,6 +46,8 @@ class EventStream(EventSourceResponse):
         """Send it all. `at_end` is called even where the client went before the first event."""
         try:
             await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.warning("a client read nothing for %g s; its stream is given up", _SEND_TIMEOUT_S)
         finally:
             self._at_end()
 

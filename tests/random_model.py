@@ -12,8 +12,8 @@ TAGS = ("<think>", "</think>")  # user-defined, as in R1's vocabularies
 WIDTH, BLOCKS, HEADS, FORWARD = 64, 2, 2, 128
 
 
-def write_model(path: Path, *, context: int = 2048, seed: int = 0) -> Path:
-    """A GGUF file of about 600 kB. The weights are large, so that replies are lively and greedy choices are clear."""
+def write_model(path: Path, *, context: int = 2048, norm: float = 1.0, seed: int = 0) -> Path:
+    """A GGUF file of half a megabyte. The weights are large, so that replies are lively and greedy choices clear."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(BLOCKS)
@@ -40,7 +40,7 @@ def write_model(path: Path, *, context: int = 2048, seed: int = 0) -> Path:
         writer.add_tensor(name, weights.astype(np.float32))
 
     def ones(name: str) -> None:
-        writer.add_tensor(name, np.ones(WIDTH, np.float32))
+        writer.add_tensor(name, np.full(WIDTH, norm, np.float32))
 
     matrix("token_embd.weight", len(tokens), WIDTH, 8.0)
     ones("output_norm.weight")
@@ -54,6 +54,22 @@ def write_model(path: Path, *, context: int = 2048, seed: int = 0) -> Path:
         matrix(prefix + "ffn_gate.weight", FORWARD, WIDTH, 2.0)
         matrix(prefix + "ffn_up.weight", FORWARD, WIDTH, 2.0)
         matrix(prefix + "ffn_down.weight", WIDTH, FORWARD, 2.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_adapter(path: Path, *, seed: int = 1) -> Path:
+    """A LoRA adapter for such a model, of rank 4, on the queries of its first block."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", random.standard_normal((4, WIDTH)).astype(np.float32))
+    writer.add_tensor("blk.0.attn_q.weight.lora_b", random.standard_normal((WIDTH, 4)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

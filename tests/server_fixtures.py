@@ -71,7 +71,7 @@ class InProcess:
         """One request, and the whole response."""
 
         async def ask() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
             async with httpx.AsyncClient(transport=transport, base_url=URL, timeout=30) as client:
                 return await client.request(method, path, **options)
 

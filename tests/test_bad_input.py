@@ -56,13 +56,23 @@ BODIES = {
     "single quotes": (b"{'messages': []}", None, "invalid_json", ""),
     "half a surrogate": (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', None, "invalid_json", "hex escape"),
     "bytes that are no UTF-8": (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', None, "invalid_json", ""),
-    "UTF-16": (("{%s}" % MESSAGES.decode()).encode("utf-16"), None, "invalid_json", ""),
+    "UTF-16": ((b"{%s}" % MESSAGES).decode().encode("utf-16"), None, "invalid_json", ""),
     "a byte order mark": (b"\xef\xbb\xbf{%s}" % MESSAGES, None, "invalid_json", ""),
-    "a control character in a string": (b'{"messages": [{"role": "user", "content": "\x00"}]}', None, "invalid_json", ""),
+    "a control character in a string": (
+        b'{"messages": [{"role": "user", "content": "\x00"}]}',
+        None,
+        "invalid_json",
+        "",
+    ),
     "a list": (b"[%s]" % b"{}", None, "invalid_value", "object"),
     "a string": (b'"hello"', None, "invalid_value", "object"),
     "null": (b"null", None, "invalid_value", "object"),
-    "100,000 lists deep": (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "invalid_json", "recursion"),
+    "100,000 lists deep": (
+        b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        None,
+        "invalid_json",
+        "recursion",
+    ),
     "100,000 objects deep, in a field nobody knows": (
         b'{%s, "x": ' % MESSAGES + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
         None,
@@ -70,7 +80,12 @@ BODIES = {
         "recursion",
     ),
     "a number of 5,000 digits": (b'{%s, "seed": %s}' % (MESSAGES, b"9" * 5000), None, "invalid_json", "number"),
-    "5,000 digits where a count should be": (b'{%s, "n": %s}' % (MESSAGES, b"9" * 5000), None, "invalid_json", "number"),
+    "5,000 digits where a count should be": (
+        b'{%s, "n": %s}' % (MESSAGES, b"9" * 5000),
+        None,
+        "invalid_json",
+        "number",
+    ),
     "NaN": (b'{%s, "temperature": NaN}' % MESSAGES, "temperature", "invalid_value", "finite"),
     "Infinity": (b'{%s, "temperature": Infinity}' % MESSAGES, "temperature", "invalid_value", "finite"),
     "-Infinity": (b'{%s, "top_p": -Infinity}' % MESSAGES, "top_p", "invalid_value", "finite"),
@@ -88,6 +103,19 @@ def test_a_body_that_cannot_be_read_is_told_why(server, body, param, code, word)
     assert word in message
 
 
+MANY = {
+    "tokens": ("/detokenize", b'{"tokens": [%s""]}' % (b'"",' * 20_000)),
+    "prompts": (COMPLETIONS, b'{"prompt": [%s{}]}' % (b"{}," * 20_000)),
+    "parts": (CHAT, b'{"messages": [{"role": "user", "content": [%s1]}]}' % (b"1," * 20_000)),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), MANY.values(), ids=MANY)
+def test_a_body_of_nothing_but_mistakes_is_one_error(server, path, body):
+    """To write a body of 8 MB's millions of them down took a minute, in which nobody was served."""
+    assert refused(server.request("POST", path, content=body, headers=JSON))[0] == 400
+
+
 # Fields that are wrong
 
 FIELDS = {
@@ -99,7 +127,11 @@ FIELDS = {
     "a number for a switch": ({"stream": 1}, "stream", "boolean"),
     "text for a switch": ({"logprobs": "true"}, "logprobs", "boolean"),
     "a list for an object": ({"stream_options": []}, "stream_options", "object"),
-    "a wrong option of the stream": ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "bool"),
+    "a wrong option of the stream": (
+        {"stream_options": {"include_usage": "yes"}},
+        "stream_options.include_usage",
+        "bool",
+    ),
     "a number for a name": ({"model": 5}, "model", "string"),
     "a number for a stop string": ({"stop": 5}, "stop", ""),
     "a number among stop strings": ({"stop": ["a", 5]}, "stop.1", "string"),
@@ -153,7 +185,11 @@ FIELDS = {
         "messages.0.content",
         "needs a field 'text'",
     ),
-    "a part without a type": ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0.type", ""),
+    "a part without a type": (
+        {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+        "messages.0.content.0.type",
+        "",
+    ),
 }
 
 
@@ -386,6 +422,7 @@ ORIGINS = {
     "http://evil.example": 403,
     "null": 403,
     "http://127.0.0.1.evil.example": 403,
+    "http://[": 403,
     "http://127.0.0.1:1": 403,  # another program's page on this machine
     "http://127.0.0.1": 200,  # our own
 }
@@ -442,7 +479,9 @@ ODD = st.one_of(
     st.sampled_from([2**31, 2**31 - 1, 2**53, 2**63, 2**64 - 1, 2**64, -(2**63), 10**30]),
     st.floats(),
     st.text(max_size=12),
-    st.sampled_from(["", "\x00", "\ud800", "</think>", "<｜Assistant｜>", "\ufdd0", "user", "assistant", "tool", "{{ x }}"]),
+    st.sampled_from(
+        ["", "\x00", "\ud800", "</think>", "<｜Assistant｜>", "\ufdd0", "user", "assistant", "tool", "{{ x }}"]
+    ),
     st.lists(st.one_of(st.none(), st.integers(-2, 300), st.text(max_size=3)), max_size=3),
     st.dictionaries(st.text(max_size=6), st.one_of(st.integers(), st.text(max_size=3)), max_size=2),
 )

@@ -67,15 +67,30 @@ REPLIES = {
     "nothing at all": (plain(""), "", "", "stop"),
     "white space": (plain("  a\n\nb \n"), "", "  a\n\nb \n", "stop"),
     "letters of several bytes": (said("script:žluť</think>\n\n你好 👨‍👩‍👧 é"), "žluť", "你好 👨‍👩‍👧 é", "stop"),
-    "a tag that is only half there": (said("script:a </thin b</think>c </think> d"), "a </thin b", "c </think> d", "stop"),
-    "characters that JSON and SSE escape": (plain('"\\\r\n\u2028data: [DONE]'), "", '"\\\r\n\u2028data: [DONE]', "stop"),
+    "a tag that is only half there": (
+        said("script:a </thin b</think>c </think> d"),
+        "a </thin b",
+        "c </think> d",
+        "stop",
+    ),
+    "characters that JSON and SSE escape": (
+        plain('"\\\r\n\u2028data: [DONE]'),
+        "",
+        '"\\\r\n\u2028data: [DONE]',
+        "stop",
+    ),
     "cut by max_tokens": (plain("abcdef", max_tokens=3), "", "abc", "length"),
     "cut by max_completion_tokens": (plain("abcdef", max_completion_tokens=3), "", "abc", "length"),
     "the newer name goes first": (plain("abcdef", max_tokens=5, max_completion_tokens=2), "", "ab", "length"),
     "cut inside a letter": (plain("aé", max_tokens=2), "", "a\ufffd", "length"),
     "a stop string": (plain("one two three", stop=" t"), "", "one", "stop"),
     "the first of two stop strings": (plain("one two three", stop=["three", "two"]), "", "one ", "stop"),
-    "a stop string in the thoughts is none": (said("script:a STOP b</think>c STOP d", stop="STOP"), "a STOP b", "c ", "stop"),
+    "a stop string in the thoughts is none": (
+        said("script:a STOP b</think>c STOP d", stop="STOP"),
+        "a STOP b",
+        "c ",
+        "stop",
+    ),
     "half a stop string at the end": (plain("it is EN", stop="END"), "", "it is EN", "stop"),
 }
 
@@ -105,7 +120,10 @@ def test_a_whole_reply_has_openais_shape(server):
 
 
 def test_thoughts_without_an_answer_leave_the_content_null_and_no_thoughts_leave_no_field(server):
-    messages = [server.chat(body)["choices"][0]["message"] for body in (said("script:hm", empty_answer="allow"), plain("a"), plain(""))]
+    messages = [
+        server.chat(body)["choices"][0]["message"]
+        for body in (said("script:hm", empty_answer="allow"), plain("a"), plain(""))
+    ]
     assert messages == [
         {"role": "assistant", "content": None, "reasoning_content": "hm"},
         {"role": "assistant", "content": "a"},
@@ -157,7 +175,9 @@ USAGE = {  # reply -> (completion tokens, of these thoughts): a byte is a token,
 def test_usage_counts_tokens(server, body, completion, reasoning):
     kwargs = body.get("chat_template_kwargs", {})
     prompt = server.post("/tokenize", {"messages": body["messages"]}).json()["count"]
-    prompt += len("\n</think>\n\n") - len("</think>") + 1 if kwargs else 0  # `<think>\n` becomes `<think>\n\n</think>\n\n`
+    prompt += (
+        len("\n</think>\n\n") - len("</think>") + 1 if kwargs else 0
+    )  # `<think>\n` becomes `<think>\n\n</think>\n\n`
     usage = server.chat(body)["usage"]
     details = usage["prompt_tokens_details"], usage["completion_tokens_details"]
     assert {name: usage[name] for name in usage if not name.endswith("_details")} == {
@@ -238,7 +258,9 @@ def test_ignore_eos_goes_on_to_the_limit(server):
 
 
 CONVERSATIONS = {
-    "a list of text parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+    "a list of text parts": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ],
     "a part named as the newer API does": [{"role": "user", "content": [{"type": "input_text", "text": "ab"}]}],
     "a developer": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "ab"}],
     "a system message in parts": [
@@ -284,7 +306,9 @@ def test_control_tokens_in_a_users_text_stay_text(server):
 IGNORED = {
     "unknown": {"weather": "fine", "deep": {"a": [1, None]}},
     "known and harmless": {"user": "eve", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
-    "null for the default": dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "stream", "max_tokens", "tools")),
+    "null for the default": dict.fromkeys(
+        ("temperature", "top_p", "n", "stop", "seed", "stream", "max_tokens", "tools")
+    ),
     "empty": {"tools": [], "stop": [], "logit_bias": {}, "response_format": {"type": "text"}, "modalities": ["text"]},
 }
 

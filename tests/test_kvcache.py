@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from stillhouse.backends.kvcache import CachedSequence, KVCache, common_prefix, token_array
 
 SEQUENCES = 5
@@ -31,7 +32,7 @@ def shared(left: list[int], right: list[int]) -> int:
 
 
 class Cells(RuleBasedStateMachine):
-    """Opens, writes, retains, evicts and drops as a backend does, in any order, with few tokens so that much is shared."""
+    """Does as a backend does, in any order; of few different tokens, so that much is shared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Cells(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        """The one that was used longest ago goes, be it for its own end or as the source of a copy; one may be spared."""
+        """The one that was written or copied from longest ago goes; one may be spared."""
         spared = data.draw(st.sampled_from([None, *self.plain]))
         oldest = next((s for s, plain in self.plain.items() if not plain.running and s is not spared), None)
         assert self.cache.evict(but=spared) is oldest

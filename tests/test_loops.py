@@ -11,6 +11,7 @@ from array import array
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stillhouse.r1.loops import LoopDetector, has_period
 
 
@@ -38,8 +39,8 @@ def test_a_period_is_heard_with_its_third_time_over(period):
 
 
 def test_every_period_up_to_256_is_heard_and_none_above():
-    heard = [period for period in range(1, 300) if has_period(array("i", list(range(period)) * max(3, 48 // period + 1)))]
-    assert heard == list(range(1, 257))
+    turns = {period: array("i", list(range(period)) * max(3, 48 // period + 1)) for period in range(1, 300)}
+    assert [period for period, ids in turns.items() if has_period(ids)] == list(range(1, 257))
 
 
 @given(st.lists(st.integers(0, 3), max_size=120))
@@ -67,12 +68,14 @@ def test_a_short_repetition_is_no_loop(ids):
 
 # Sentences
 
-FILLER = [f"Step {n} has the value {n * 17 % 101} and so we move on to the {word} one. " for n, word in enumerate(
-    "next second third other last same small large even odd".split()
-)]  # fmt: skip
+NEXT = ("next", "second", "third", "other", "last", "same", "small", "large", "even", "odd")
+FILLER = [f"Step {n} has the value {n * 17 % 101} and we go on to the {word} one. " for n, word in enumerate(NEXT)]
 CIRCLES = {
     "the same sentence": ["Wait, maybe I should check the sum again. "] * 5,
-    "with other punctuation": [f"Wait{c} maybe I should check the sum again{d}" for c, d in zip(",…;: ", ["\n", ". "] * 3, strict=False)],
+    "with other punctuation": [
+        f"Wait{mark} maybe I should check the sum again{end}"
+        for mark, end in zip(",…;: ", ["\n", ". ", "!\n", "? ", ".\n"], strict=True)
+    ],
     "in another order": [
         "Maybe the first number is even, and the second odd. ",
         "The second number is odd maybe, and the first even. ",
@@ -80,7 +83,7 @@ CIRCLES = {
     * 3,
     "in Chinese": ["等一下，我应该再检查一遍这个结果。"] * 5,
     "in Russian": ["Подождите, надо проверить ещё раз этот ответ. "] * 5,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("circle", CIRCLES.values(), ids=CIRCLES)
@@ -123,7 +126,7 @@ ORDINARY = {
     "a list of primes": ", ".join(str(n) for n in range(2, 3000) if all(n % d for d in range(2, int(n**0.5) + 1))),
     "code": "".join(
         f"    if isinstance(value, {kind}):\n        result.append(('{kind}', value))\n        return result\n"
-        for kind in "int float str bytes list dict tuple set frozenset complex bool type range slice".split()
+        for kind in ("int", "float", "str", "bytes", "list", "dict", "tuple", "set", "complex", "bool", "range")
     ),
     "a matrix": "\n".join(" ".join(str((i * j) % 41) for j in range(12)) for i in range(40)),
     "a thought about thoughts": """Okay, so I need to find the probability that two dice show a sum of 8.

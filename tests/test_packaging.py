@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import subprocess
 import sys
@@ -52,14 +51,13 @@ def test_the_list_of_packages_equals_the_tree():
 def test_every_file_that_the_code_reads_is_packaged():
     """Not only Python: a page, a template or a table needs a line in `[tool.setuptools.package-data]`."""
     data = SETUPTOOLS.get("package-data", {})
-    missing = []
-    for path in _tracked():
-        for name, folder in _package_folders().items():
-            if folder == ROOT or folder not in path.parents or path.suffix == ".py":
-                continue
-            inside = path.relative_to(folder).as_posix()
-            if not any(fnmatch.fnmatch(inside, pattern) for pattern in (*data.get(name, ()), *data.get("*", ()))):
-                missing.append(f"{path.relative_to(ROOT)} (in {name})")
+    packages = {name: folder for name, folder in _package_folders().items() if folder != ROOT}
+    declared = {path for name, folder in packages.items() for glob in data.get(name, ()) for path in folder.glob(glob)}
+    missing = [
+        path.relative_to(ROOT).as_posix()
+        for path in _tracked()
+        if path.suffix != ".py" and path not in declared and set(packages.values()) & set(path.parents)
+    ]
     assert not missing
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stillhouse.r1.messages import Delta
 from stillhouse.r1.prompt import CLOSE, OPEN
 from stillhouse.r1.split import Splitter, State
@@ -31,7 +32,7 @@ REPLIES: dict[str, tuple[State, str, str, str]] = {  # state at the start, reply
     "a redundant opener after newlines": ("thinking", "\n \n<think>\nso</think>4", "so", "4"),
     "two redundant openers": ("thinking", "<think>\n<think>so</think>4", "so", "4"),
     "an opener amid the thoughts": ("thinking", "so <think> hm</think>4", "so <think> hm", "4"),
-    "tags in the answer": ("thinking", "so</think>write `</think>` after <think>", "so", "write `</think>` after <think>"),
+    "tags in the answer": ("thinking", "so</think>`</think>` after <think>", "so", "`</think>` after <think>"),
     "a second close at once": ("thinking", "so</think></think>4", "so", "</think>4"),
     "undecided, nothing": ("undecided", "", "", ""),
     "undecided, an answer": ("undecided", "four\n", "", "four\n"),
@@ -95,7 +96,7 @@ def test_any_text_splits_the_same_at_random_cuts(state, pieces, cuts):
     reply = "".join(pieces)
     places = [0, *sorted(min(cut, len(reply)) for cut in cuts), len(reply)]
     whole = split(state, [reply])
-    assert split(state, [reply[a:b] for a, b in zip(places, places[1:], strict=False)]) == whole
+    assert split(state, [reply[a:b] for a, b in pairwise(places)]) == whole
     assert split_tokens(state, pieces) == whole
 
 
@@ -103,15 +104,13 @@ def test_any_text_splits_the_same_at_random_cuts(state, pieces, cuts):
 def test_nothing_is_lost_but_tags_and_white_space_around_them(state, pieces):
     reply = "".join(pieces)
     thoughts, answer = split(state, list(reply))
-    bare = re.sub(rf"{OPEN}|{CLOSE}|\s", "", reply)
-    assert re.sub(rf"{OPEN}|{CLOSE}|\s", "", thoughts + answer) == bare
-    assert reply.endswith(answer)
+    shape = rf"\s*({OPEN}\s*)*{re.escape(thoughts)}\s*({CLOSE}\n*)?{re.escape(answer)}"
+    assert re.fullmatch(shape, reply)
 
 
 def test_what_is_clear_is_given_at_once():
-    splitter = Splitter("thinking")
-    given = ["".join(d.text for d in splitter.add(piece)) for piece in ("so ", "<", "b", " </th", "ink>\n", "\n4", "</")]
-    assert given == ["so", "", " <b", "", "", "4", "</"]
+    splitter, pieces = Splitter("thinking"), ("so ", "<", "b", " </th", "ink>\n", "\n4", "</")
+    assert ["".join(d.text for d in splitter.add(piece)) for piece in pieces] == ["so", "", " <b", "", "", "4", "</"]
 
 
 def test_a_train_of_thought_of_32k_tokens_takes_no_time():

@@ -1,4 +1,4 @@
-"""A stop string ends a text before its first character, wherever the text is cut; nothing else is held back for good."""
+"""A stop string ends a text before its first character, wherever the text is cut; nothing else is withheld."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stillhouse.r1.stop import StopStrings
 
 TEXTS: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {  # stops, text, what is given, the stop that was hit

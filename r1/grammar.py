@@ -1,0 +1,423 @@
+"""Answers of a given form: a JSON schema, a regular expression, a list of choices or a grammar -> token masks.
+
+llguidance does the parsing and knows the tokens as bytes; this file gives it the vocabulary, bounds what a stranger's
+schema may cost, remembers what was compiled, and says in one sentence what cannot be had. It knows nothing of thoughts
+(`thinking.py` asks for a mask where an answer is due), of JSON requests, or of any runtime.
+
+No control token is ever part of a form's text: the vocabulary tells llguidance which ones they are, and they are cut
+out of every mask once more, because a grammar may name one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError
+
+Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Bits = NDArray[np.uint32]
+
+ANY_OBJECT = '{"type": "object"}'
+_LONGEST = 131_072  # characters of a form
+_DEEPEST = 64  # levels of a schema; `$ref` may go round, it is no level
+_REMEMBERED = 64  # compiled forms
+_WHITE_SPACE = r"[ \n\t]{0,20}"  # between two pieces of JSON; without a bound small models indent for ever
+_ANNOTATIONS = {"password", "path", "file-path", "directory-path", "binary", "byte"}  # formats that say nothing of text
+
+
+class BadForm(UserError):
+    """A form that cannot be kept; `part` is where in a schema, as keys joined by dots."""
+
+    def __init__(self, message: str, part: str = "") -> None:
+        super().__init__(message)
+        self.part = part
+
+
+class Vocabulary(Protocol):
+    """What a grammar needs to know of a model's tokens."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def end_ids(self) -> frozenset[int]: ...  # noqa: D102
+
+    @property
+    def control(self) -> dict[str, int]: ...  # noqa: D102
+
+    def encode(self, text: str) -> list[int]: ...  # noqa: D102
+
+    def piece(self, token_id: int) -> bytes: ...  # noqa: D102
+
+
+class Grammars:
+    """The forms of one vocabulary. Any thread may compile; one does at a time."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._tokens = _Tokens(vocabulary)
+        self._vocabulary = vocabulary
+        self._compiled: OrderedDict[tuple[str, str, frozenset[int]], Form] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, kind: Kind, text: str, *, marks: frozenset[int] = frozenset()) -> Form:
+        """Make a form from its text; a `choice` and a schema are JSON. Slow the first time, so not for an event loop.
+
+        `marks` are control tokens that a grammar may use. Raises `BadForm`.
+        """
+        if len(text) > _LONGEST:
+            raise BadForm(f"it has {len(text)} characters; at most {_LONGEST} are compiled")
+        key = (kind, text, marks)
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(kind, text, marks)
+                if len(self._compiled) > _REMEMBERED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+
+    def _compile(self, kind: Kind, text: str, marks: frozenset[int]) -> Form:
+        import llguidance
+
+        schema = read_schema(text) if kind == "json_schema" else None
+        try:
+            if kind == "json_schema":
+                source = schema_grammar(schema)
+            elif kind == "regex":
+                source = llguidance.LLMatcher.grammar_from_regex(text)
+            elif kind == "choice":
+                choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+                source = llguidance.grammar_from("lark", "start: " + " | ".join(choices))
+            else:
+                source = llguidance.grammar_from("grammar", text)
+            matcher = llguidance.LLMatcher(self._tokens.llguidance, source, log_level=0, limits=_limits())
+        except ValueError as error:
+            raise BadForm(_first_line(str(error))) from None
+        if matcher.is_error():
+            words = matcher.get_error()
+            raise BadForm(_first_line(words), part_of(schema, words) if kind == "json_schema" else "")
+        allowed = self._tokens.bits(but=self._tokens.special - marks - self._vocabulary.end_ids)
+        form = Form(matcher, self._tokens, allowed, self._least_tokens(kind, text, schema))
+        first = form.start()
+        if not first.mask().any() or first.is_broken:
+            raise BadForm("it allows no text at all; control tokens can't be part of it")
+        return form
+
+    def _least_tokens(self, kind: Kind, text: str, schema: Any) -> int:
+        """About how many tokens the shortest text of a form takes, with some slack: the model writes as it likes."""
+        match kind:
+            case "json_schema":
+                shortest = _Shortest(schema).text
+            case "choice":
+                shortest = max(json.loads(text), key=len, default="")
+            case _:
+                shortest = ""
+        return len(self._vocabulary.encode(shortest)) * 5 // 4 + 16
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A compiled form; any number of replies may follow it."""
+
+    pristine: Any  # llguidance's matcher, never moved
+    tokens: _Tokens
+    allowed: Bits  # all tokens but the control tokens that have no place in it
+    least_tokens: int  # that a reply needs
+
+    def start(self) -> Matcher:
+        """What one reply is held to."""
+        return Matcher(self)
+
+    def accepts(self, text: str) -> bool:
+        """Whether a text is whole by this form."""
+        matcher = self.start()
+        return matcher.take_text(text) and matcher.may_end
+
+
+class Matcher:
+    """One reply as far as it has come. Not thread-safe."""
+
+    __slots__ = ("_matcher", "form", "is_broken")
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.is_broken = False  # a limit was hit, or a token came that no mask had: what comes now is free of any form
+        with form.tokens.copying:
+            self._matcher = form.pristine.deep_copy()
+
+    def mask(self) -> Bits:
+        """The tokens that may come next, as bits; end tokens are among them where the text may end."""
+        bits = np.zeros_like(self.form.allowed)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self.is_broken = self.is_broken or self._matcher.is_error()
+        return bits & self.form.allowed
+
+    def take(self, token_id: int) -> None:
+        """Follow the reply by one token."""
+        if not self.is_broken and not self._matcher.consume_token(token_id):
+            self.is_broken = True
+
+    def take_text(self, text: str) -> bool:
+        """Follow a text that was there before the reply; false where the form does not allow it."""
+        for token_id in self.form.tokens.plain_ids(text):
+            self.take(token_id)
+        return not self.is_broken
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but an end may come now."""
+        return not self.is_broken and self._matcher.is_stopped()
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is whole."""
+        return not self.is_broken and self._matcher.is_accepting()
+
+
+class _Tokens:
+    """A vocabulary as llguidance wants it, made when the first form is compiled (about a second for 152,000 tokens)."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.size = vocabulary.size
+        self.copying = threading.Lock()
+        # White space and single characters are user-defined tokens of some models; they are plain text.
+        names = [name for name in vocabulary.control if len(name) > 1 and name.strip()]
+        self.special = frozenset(vocabulary.control[name] for name in names)
+        self._cut = re.compile("(?=(" + "|".join(map(re.escape, sorted(names, reverse=True))) + "))") if names else None
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token."""
+        return [self._vocabulary.piece(token_id) for token_id in range(self.size)]
+
+    @cached_property
+    def llguidance(self) -> Any:
+        """The vocabulary in llguidance's own form. A leading byte 0xFF says that a token is no text."""
+        import llguidance
+
+        ends = sorted(self._vocabulary.end_ids) or [self.size]  # none: one past the last, and no mask tells of it
+        tokens = [b"\xff" + piece if i in self.special else piece for i, piece in enumerate(self.pieces)]
+        tokens += [b"\xff<end>"] * (ends[-1] + 1 - self.size)
+        wrapper = llguidance.TokenizerWrapper(_Wrapped(tokens, ends[0], sorted(self.special), self.plain_ids))
+        return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=ends)
+
+    @cached_property
+    def newlines(self) -> tuple[frozenset[int], Bits]:
+        """The tokens that are nothing but newlines, and the same as bits."""
+        ids = frozenset(i for i, piece in enumerate(self.pieces) if piece and not piece.strip(b"\n"))
+        return ids, ~self.bits(but=ids)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text in which control tokens are only text."""
+        starts = [found.start() + 1 for found in self._cut.finditer(text)] if self._cut else []
+        cuts = zip([0, *starts], [*starts, None], strict=True)
+        return [token_id for a, b in cuts for token_id in self._encode(text[a:b])]
+
+    def bits(self, *, but: Collection[int]) -> Bits:
+        """A mask with every token but these."""
+        allowed = np.ones(-(-self.size // 32) * 32, np.uint8)
+        allowed[[i for i in but if i < self.size]] = 0
+        return np.packbits(allowed, bitorder="little").view(np.uint32)
+
+    @lru_cache(maxsize=16)  # noqa: B019 - lives as long as its model
+    def never_glued(self, rest: str) -> Bits:
+        """All tokens but those that begin with `rest` and go on with more than newlines."""
+        start = rest.encode()
+        glued = [i for i, p in enumerate(self.pieces) if p.startswith(start) and p[len(start) :].strip(b"\n")]
+        return self.bits(but=glued)
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._vocabulary.encode(text)
+        if b"".join(map(self._vocabulary.piece, ids)) == text.encode():
+            return ids
+        return list(self._longest(text.encode()))  # SentencePiece, say, puts a space in front
+
+    def _longest(self, data: bytes) -> Iterator[int]:
+        while data:
+            size = next(size for size in range(min(len(data), 64), 0, -1) if data[:size] in self._by_piece)
+            yield self._by_piece[data[:size]]
+            data = data[size:]
+
+    @cached_property
+    def _by_piece(self) -> dict[bytes, int]:
+        return {piece: i for i, piece in enumerate(self.pieces) if i not in self.special}
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrapped:
+    """What llguidance's `TokenizerWrapper` reads."""
+
+    tokens: list[bytes]
+    eos_token_id: int
+    special_token_ids: list[int]
+    encode: Callable[[str], list[int]]
+    bos_token_id: int | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("text only")
+        return self.encode(text)
+
+
+# Schemas
+
+
+def schema_grammar(schema: Any) -> str:
+    """A JSON schema as llguidance's grammar, for a form of its own or inside another. Raises `BadForm`."""
+    import llguidance
+
+    options: Any = {"whitespace_pattern": _WHITE_SPACE}
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    except ValueError as error:
+        raise BadForm(_first_line(str(error))) from None
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """A schema as it is compiled: an object, not too deep, without what says nothing of the text. Raises `BadForm`."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadForm("it is not valid JSON, or too deep") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise BadForm("a schema is an object, such as {\"type\": \"object\"}")
+    return _plain(schema, ())
+
+
+def _plain(schema: Any, path: tuple[str, ...]) -> Any:
+    """A schema without the formats that are only annotations; its depth is checked on the way."""
+    if len(path) > _DEEPEST:
+        raise BadForm(f"it is more than {_DEEPEST} levels deep", ".".join(path[:4]))
+    if isinstance(schema, list):
+        return [_plain(item, (*path, str(i))) for i, item in enumerate(schema)]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(schema.get("format"), str) and schema["format"] in _ANNOTATIONS:
+        schema = {key: value for key, value in schema.items() if key != "format"}
+    return {key: _plain(value, (*path, key)) for key, value in schema.items()}
+
+
+def part_of(schema: Any, words: str) -> str:
+    """Where in a schema llguidance's complaint comes from, as keys joined by dots, as far as its words tell; else "".
+
+    >>> part_of({"properties": {"a": {"not": {}}}}, 'Unimplemented keys: ["not"]')
+    'properties.a.not'
+    """
+    named = set(re.findall(r"[$\w-]+", words))
+    places = [(path, value) for path, value in _walk(schema, ()) if path[-2:-1] not in (("properties",), ("$defs",))]
+    for path, value in places:
+        if isinstance(value, str) and value and (value in named or (path[-1] == "pattern" and value in words)):
+            return ".".join(path)
+    return next((".".join(path) for path, _ in places if path[-1] in named), "")
+
+
+def _walk(schema: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
+    for key, value in items:
+        yield (*path, str(key)), value
+        yield from _walk(value, (*path, str(key)))
+
+
+class _Shortest:
+    """About the shortest text that a schema allows: for knowing how much room an answer needs, so nearly is enough."""
+
+    def __init__(self, schema: Any) -> None:
+        self._root = schema
+        self._left = 5_000  # schemas to look at: references may go round, and alternatives multiply
+        self.text = self._of(schema, 0)
+
+    def _of(self, schema: Any, depth: int) -> str:
+        self._left -= 1
+        if not isinstance(schema, dict) or depth > 24 or self._left < 0:
+            return "0"
+        if "const" in schema:
+            return _dumped(schema["const"])
+        if isinstance(schema.get("enum"), list) and schema["enum"]:
+            return min(map(_dumped, schema["enum"]), key=len)
+        if isinstance(schema.get("$ref"), str):
+            return self._of(self._referred(schema["$ref"]), depth + 1)
+        for key in ("anyOf", "oneOf"):
+            if isinstance(schema.get(key), list) and schema[key]:
+                return min((self._of(member, depth + 1) for member in schema[key]), key=len)
+        if isinstance(schema.get("allOf"), list) and schema["allOf"]:
+            return max((self._of(member, depth + 1) for member in schema["allOf"]), key=len)
+        return self._typed(schema, depth)
+
+    def _typed(self, schema: dict[str, Any], depth: int) -> str:
+        kinds = schema.get("type") or ("object" if "properties" in schema else "integer")
+        match min(kinds, key=len, default="null") if isinstance(kinds, list) else kinds:
+            case "object":
+                properties, required = schema.get("properties"), schema.get("required")
+                known = properties if isinstance(properties, dict) else {}
+                names = required if isinstance(required, list) else []
+                fields = (f"{_dumped(name)}: {self._of(known.get(str(name), {}), depth + 1)}" for name in names)
+                return "{" + ", ".join(fields) + "}"
+            case "array":
+                prefix = schema.get("prefixItems")
+                first = prefix if isinstance(prefix, list) else []
+                count = min(_count(schema, "minItems"), 5_000)
+                items = [*first[:count], *[schema.get("items")] * (count - len(first))]
+                return "[" + ", ".join(self._of(item, depth + 1) for item in items) + "]"
+            case "string":
+                usual = {"date-time": 20, "date": 10, "time": 9, "uuid": 36, "email": 10, "uri": 12, "ipv6": 12}
+                length = max(_count(schema, "minLength"), usual.get(str(schema.get("format")), 0))
+                return '"' + "x" * min(length or (8 if "pattern" in schema else 0), 20_000) + '"'
+            case "boolean":
+                return "true"
+            case "null":
+                return "null"
+            case _:
+                return str(schema.get("minimum", 0))
+
+    def _referred(self, reference: str) -> Any:
+        found = self._root
+        for key in reference.removeprefix("#").split("/")[1:]:
+            found = found.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+        return found
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _count(schema: dict[str, Any], key: str) -> int:
+    return schema[key] if isinstance(schema.get(key), int) else 0
+
+
+def _limits() -> Any:
+    """What one form may cost: some tens of milliseconds to compile, a few at most for a mask, some megabytes."""
+    import llguidance
+
+    return llguidance.LLParserLimits(
+        max_items_in_row=2_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=20_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+def _first_line(words: str) -> str:
+    """A complaint of llguidance's, short: a regular expression's has the reason in its last line."""
+    if unknown := re.match(r"Unimplemented keys: \[(.*)\]", words):
+        return f"{unknown[1]} can't be kept while the text is written; leave it out"
+    if words.startswith("oneOf"):
+        return "a text may match several members of oneOf, which can't be told while it is written; say anyOf"
+    lines = [line.strip() for line in words.strip().splitlines() if line.strip(" ^\n")]
+    if not lines:
+        return "it can't be compiled"
+    return f"{lines[0]} {lines[-1]}" if len(lines) > 1 else lines[0]
