@@ -7,6 +7,7 @@ give: `script:I think</think>\\n\\nfour<|end|>`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,15 +34,14 @@ class EchoVocabulary:
         self.size = 256 + len(names)
         self.bos_id: int | None = self.control["<|begin|>"]
         self.end_ids = frozenset({self.control["<|end|>"]})
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._names = {token_id: name.encode() for name, token_id in self.control.items()}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`: control tokens where they stand, bytes for the rest."""
         ids: list[int] = []
-        while text:
-            name = next((name for name in self.control if text.startswith(name)), None)
-            ids.extend([self.control[name]] if name else text[0].encode())
-            text = text[len(name) if name else 1 :]
+        for part in self._split.split(text):
+            ids.extend([self.control[part]] if part in self.control else part.encode())
         return ids
 
     def piece(self, token_id: int) -> bytes:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]  # a grammar is Lark's notation or GBNF
 Bits = NDArray[np.uint32]
 
 ANY_OBJECT = '{"type": "object"}'
@@ -69,23 +69,24 @@ class Grammars:
         self._compiled: OrderedDict[tuple[str, str, frozenset[int]], Form] = OrderedDict()
         self._lock = threading.Lock()
 
-    def compile(self, kind: Kind, text: str, *, marks: frozenset[int] = frozenset()) -> Form:
+    def compile(self, kind: Kind, text: str, *, marks: frozenset[int] = frozenset(), shortest: str = "") -> Form:
         """Make a form from its text; a `choice` and a schema are JSON. Slow the first time, so not for an event loop.
 
-        `marks` are control tokens that a grammar may use. Raises `BadForm`.
+        `marks` are control tokens that it may use; `shortest` is about its shortest text where only the caller knows.
+        Raises `BadForm`.
         """
         if len(text) > _LONGEST:
             raise BadForm(f"it has {len(text)} characters; at most {_LONGEST} are compiled")
         key = (kind, text, marks)
         with self._lock:
             if key not in self._compiled:
-                self._compiled[key] = self._compile(kind, text, marks)
+                self._compiled[key] = self._compile(kind, text, marks, shortest)
                 if len(self._compiled) > _REMEMBERED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(key)
             return self._compiled[key]
 
-    def _compile(self, kind: Kind, text: str, marks: frozenset[int]) -> Form:
+    def _compile(self, kind: Kind, text: str, marks: frozenset[int], shortest: str) -> Form:
         import llguidance
 
         schema = read_schema(text) if kind == "json_schema" else None
@@ -98,7 +99,7 @@ class Grammars:
                 choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
                 source = llguidance.grammar_from("lark", "start: " + " | ".join(choices))
             else:
-                source = llguidance.grammar_from("grammar", text)
+                source = llguidance.grammar_from("grammar" if kind == "grammar" else "lark", text)
             matcher = llguidance.LLMatcher(self._tokens.llguidance, source, log_level=0, limits=_limits())
         except ValueError as error:
             raise BadForm(_first_line(str(error))) from None
@@ -106,21 +107,22 @@ class Grammars:
             words = matcher.get_error()
             raise BadForm(_first_line(words), part_of(schema, words) if kind == "json_schema" else "")
         allowed = self._tokens.bits(but=self._tokens.special - marks - self._vocabulary.end_ids)
-        form = Form(matcher, self._tokens, allowed, self._least_tokens(kind, text, schema))
+        form = Form(matcher, self._tokens, allowed, self._least_tokens(kind, text, shortest))
         first = form.start()
-        if not first.mask().any() or first.is_broken:
+        first.mask()
+        if first.is_broken:
             raise BadForm("it allows no text at all; control tokens can't be part of it")
         return form
 
-    def _least_tokens(self, kind: Kind, text: str, schema: Any) -> int:
+    def _least_tokens(self, kind: Kind, text: str, shortest: str) -> int:
         """About how many tokens the shortest text of a form takes, with some slack: the model writes as it likes."""
         match kind:
             case "json_schema":
-                shortest = _Shortest(schema).text
+                shortest = shortest_text(text)
             case "choice":
                 shortest = max(json.loads(text), key=len, default="")
             case _:
-                shortest = ""
+                pass
         return len(self._vocabulary.encode(shortest)) * 5 // 4 + 16
 
 
@@ -135,7 +137,8 @@ class Form:
 
     def start(self) -> Matcher:
         """What one reply is held to."""
-        return Matcher(self)
+        with self.tokens.copying:
+            return Matcher(self, self.pristine.deep_copy())
 
     def accepts(self, text: str) -> bool:
         """Whether a text is whole by this form."""
@@ -148,18 +151,18 @@ class Matcher:
 
     __slots__ = ("_matcher", "form", "is_broken")
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, matcher: Any) -> None:
         self.form = form
-        self.is_broken = False  # a limit was hit, or a token came that no mask had: what comes now is free of any form
-        with form.tokens.copying:
-            self._matcher = form.pristine.deep_copy()
+        self.is_broken = False  # a limit was hit, or a token came that no mask had: it can't be followed any more
+        self._matcher = matcher
 
     def mask(self) -> Bits:
         """The tokens that may come next, as bits; end tokens are among them where the text may end."""
         bits = np.zeros_like(self.form.allowed)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        self.is_broken = self.is_broken or self._matcher.is_error()
-        return bits & self.form.allowed
+        bits &= self.form.allowed
+        self.is_broken = self.is_broken or self._matcher.is_error() or not bits.any()
+        return bits
 
     def take(self, token_id: int) -> None:
         """Follow the reply by one token."""
@@ -171,6 +174,12 @@ class Matcher:
         for token_id in self.form.tokens.plain_ids(text):
             self.take(token_id)
         return not self.is_broken
+
+    def copy(self) -> Matcher:
+        """Another that stands where this one stands."""
+        copied = Matcher(self.form, self._matcher.deep_copy())
+        copied.is_broken = self.is_broken
+        return copied
 
     @property
     def is_complete(self) -> bool:
@@ -328,6 +337,16 @@ def _walk(schema: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
     for key, value in items:
         yield (*path, str(key)), value
         yield from _walk(value, (*path, str(key)))
+
+
+def inner_schema(text: str) -> str:
+    """A schema as part of a grammar: a line of JSON that says itself how it wants its white space. Raises `BadForm`."""
+    return json.dumps(read_schema(text) | {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}}, ensure_ascii=False)
+
+
+def shortest_text(schema: str) -> str:
+    """About the shortest text that a schema allows."""
+    return _Shortest(json.loads(schema)).text
 
 
 class _Shortest:

@@ -142,7 +142,7 @@ class ChatTemplate:
             if thinking and self.is_r1 and state == "unsaid":
                 return text + f"{OPEN}\n"  # DeepSeek's advice: else it may skip thinking
             return text
-        answer = self._defuse(_answer_of(resumed), mark)
+        answer = self._defuse(answer_of(resumed), mark)
         reasoning = self._defuse(_reasoning_of(resumed), mark)
         if not (reasoning or self.can_think):
             return text + answer
@@ -153,7 +153,7 @@ class ChatTemplate:
     def _turn(self, message: Message, preserve: bool, mark: str, opened: str, closed: str) -> dict[str, str]:
         content = message.content
         if message.role == "assistant":
-            answer = self._defuse(_answer_of(message), mark)
+            answer = self._defuse(answer_of(message), mark)
             reasoning = self._defuse(_reasoning_of(message), mark)
             content = f"{opened}\n{reasoning}\n{closed}\n\n{answer}" if preserve and reasoning else answer
         else:
@@ -178,11 +178,11 @@ class ChatTemplate:
         return free
 
 
-def _answer_of(message: Message) -> str:
+def answer_of(message: Message) -> str:
     """An assistant's turn without its thoughts, however they came: tagged, without the opener, or never closed.
 
     >>> texts = "<think>hm</think>\\n\\nfour", "hm</think>four", "<think>hm"
-    >>> [_answer_of(Message("assistant", text)) for text in texts]
+    >>> [answer_of(Message("assistant", text)) for text in texts]
     ['four', 'four', '']
     """
     content = message.content

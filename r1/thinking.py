@@ -121,13 +121,14 @@ class Thinking:
     _looping: bool = field(init=False, default=False)
     _resume_at_end: bool = field(init=False, default=False)
     _newlines: int = field(init=False, default=0)  # tokens of these that may still come before the answer's form
-    _answer: str = field(init=False, default="")  # so far, where it has a form
+    _told: Matcher | None = field(init=False, default=None)  # the same form, as far as stop strings let the text out
 
     def __post_init__(self) -> None:
         if self.grammar and self.state == "undecided" and self.tags.open_id is None:
             self.state = "answering"  # a text that may be a tag or not can't be held to a form
         self._newlines = 0 if self.state == "answering" else _MOST_NEWLINES
         self._splitter = Splitter(self.state)
+        self._told = self.grammar.copy() if self.grammar and self.rules.stops else None
         scoped = self.rules.stops if self.rules.stop_scope == "all" else ()
         self._stops = {
             "answer": StopStrings(self.rules.stops, self._may_stop),
@@ -177,7 +178,8 @@ class Thinking:
         """Before a token is drawn: nothing, or the tokens that close the thoughts, or all but those that would."""
         if self._splitter.state != "thinking":
             if self.grammar:
-                return self.only(self._formed(self.grammar))
+                bits = self._formed(self.grammar)
+                return None if self.grammar.is_broken else self.only(bits)
             wanting = self.rules.want_answer and self._count.thinking and self._count.blank_answer
             return self._forbid_closing() if wanting and self._splitter.state == "answering" else None
         reason = self._reason_to_close(logits)
@@ -199,6 +201,7 @@ class Thinking:
             return Note((), "reasoning"), None
         if self.grammar and was != "thinking":
             finish = self._follow_form(self.grammar, token_id, finish)
+            text = "" if self.grammar.is_broken else text
         self._inside_character = text == "" and finish is None and token_id not in self.tags.end_ids
         deltas = self._split(token_id, text)
         now = self._splitter.state
@@ -231,8 +234,10 @@ class Thinking:
 
     def _follow_form(self, grammar: Matcher, token_id: int, finish: Finish | None) -> Finish | None:
         """Move the form on by one token of the answer, and tell whether the reply ends with it."""
+        if grammar.is_broken:
+            return "length"  # cut short is what it is
         if token_id in self.tags.end_ids:
-            return "length" if grammar.is_broken else finish  # cut short is what it is
+            return finish
         if self._splitter.state == "undecided" and token_id == self.tags.open_id:
             return finish
         if self._newlines and token_id in grammar.form.tokens.newlines[0]:
@@ -247,8 +252,11 @@ class Thinking:
         return "stop" if grammar.is_complete else finish
 
     def _may_stop(self, before: str) -> bool:
-        """Whether a stop string may end the answer here: one that has a form must be whole."""
-        return self.grammar is None or self.grammar.form.accepts(self._answer + before)
+        """Whether a stop string may end the answer behind `before`: one that has a form must be whole then."""
+        if self._told is None:
+            return True
+        told = self._told.copy()
+        return told.take_text(before) and told.may_end
 
     def _reason_to_close(self, logits: Callable[[], NDArray[np.float32]]) -> tuple[ClosedBy, bool] | None:
         """Why the thoughts must end before the next token, and whether the model wants that itself (no phrase then)."""
@@ -307,8 +315,8 @@ class Thinking:
                 kept.append(Delta("reasoning", text))  # the thoughts are over: half a stop string was only text
             if self._hit is None and (text := self._stops[delta.channel].add(delta.text)):
                 kept.append(Delta(delta.channel, text))
-                if self.grammar and delta.channel == "answer":
-                    self._answer += text
+                if self._told and delta.channel == "answer":
+                    self._told.take_text(text)
         if ending and self._hit is None:
             for channel in ("reasoning", "answer"):
                 if text := self._stops[channel].finish():

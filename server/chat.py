@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
 
-from ..backends.base import FinishReason, GenerationRequest
-from ..r1.errors import BadPrompt
-from ..r1.messages import Channel, Message
-from ..r1.prompt import Prompt
+from ..backends.base import FinishReason
+from ..r1.messages import Channel
+from ..r1.prompt import Prompt, answer_of
 from ..r1.split import State
 from ..r1.thinking import Outcome, Rules
+from .errors import ApiError
 from .model import ServedModel
+from .next_turn import read_ahead
 from .reply import Ask, Piece, Replies
 from .schema import ChatRequest
 from .stream import DONE
-from .surface import ask_for, check_model, logprob_json, usage_json
+from .surface import ask_for, check_model, form_of, logprob_json, usage_json
 
 _STATES: dict[str, State] = {"open": "thinking", "closed": "answering", "unsaid": "undecided"}
 
@@ -32,6 +31,10 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
         messages, thinking=body.budget != 0, preserve_thinking=body.preserve_thinking, variables=variables
     )
     resumed = messages[-1].role == "assistant"
+    form = form_of(model, body)
+    begun = answer_of(messages[-1].content) if form and resumed else ""
+    if form and begun and not form.start().take_text(begun):
+        raise ApiError(400, "messages: the last one begins an answer that is not of the form asked for", param="messages")
     return ask_for(
         model,
         body,
@@ -50,6 +53,8 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
             stops=body.stops,
             stop_scope=body.stop_scope,
         ),
+        form=form,
+        begun=begun,
     )
 
 
@@ -74,7 +79,7 @@ async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) ->
                 "reasoning_closed_by": reply.outcome.closed_by,
             }
         )
-    await _read_next_turn(model, body, replies, gathered[0])
+    _read_ahead(model, body, replies, gathered[0])
     return shape.head | {"choices": choices, "usage": usage_json(replies.usage)}
 
 
@@ -91,8 +96,8 @@ async def chat_events(model: ServedModel, body: ChatRequest, replies: Replies) -
             yield event
     if shape.include_usage:
         yield shape.usage_event(replies)
+    _read_ahead(model, body, replies, first)
     yield DONE
-    await _read_next_turn(model, body, replies, first)
 
 
 class _Shape:
@@ -179,28 +184,14 @@ class _Gathered:
         self.finish, self.outcome = piece.finish, piece.outcome
 
 
-async def _read_next_turn(model: ServedModel, body: ChatRequest, replies: Replies, reply: _Gathered) -> None:
-    """Have the engine read, while it is idle, what the next turn's prompt will begin with.
-
-    Without the thoughts that prompt parts from what is in the KV cache right after the user's last message; the answer
-    would have to be read again when the user is waiting.
-    """
+def _read_ahead(model: ServedModel, body: ChatRequest, replies: Replies, reply: _Gathered) -> None:
+    """Read the next turn ahead where its prompt will be another: this reply's thoughts will be left out of it."""
     thought = reply.outcome is not None and reply.outcome.reasoning_tokens > 0
     if not thought or body.preserve_thinking or body.reasoning_format == "inline":
         return
-    answer = Message("assistant", "".join(reply.texts["answer"]))
     messages = [message.message() for message in body.messages]
-    if messages[-1].role == "assistant":
-        return  # resumed: what the client will send back is its own affair
-
-    def encode() -> list[int]:
-        prompt = model.template.render([*messages, answer], reply_follows=False)
-        return prompt.encode(model.vocabulary.encode, model.vocabulary.bos_id)
-
-    with suppress(BadPrompt):  # some templates want every conversation to end with the user
-        prompt_ids = await asyncio.to_thread(encode)
-        if len(prompt_ids) < model.context_length:
-            model.engine.read(GenerationRequest(f"{replies.id}-next", prompt_ids, max_tokens=0, idle=True))
+    if messages[-1].role != "assistant":  # resumed: what the client will send back is its own affair
+        read_ahead(model, messages, "".join(reply.texts["answer"]), replies.id)
 
 
 def _logprobs(logs: dict[Channel, list[dict[str, Any]]]) -> dict[str, Any]:

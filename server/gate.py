@@ -63,7 +63,8 @@ class Gate:
             return ApiError(
                 403, f"pages of {origin[:200]} may not call this server; allow them with --cors", code="bad_origin"
             )
-        is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS" or is_page(scope["method"], scope["path"])
+        method, path = scope["method"], scope["path"]
+        is_open = path in _OPEN_PATHS or method == "OPTIONS" or is_page(method, path)
         if settings.key_hashes and not is_open:
             given = headers.get("authorization", "")
             key = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")

@@ -9,6 +9,7 @@ from ..backends.base import LoadOptions, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import Opened, open_backend, open_echo
 from ..r1.catalog import R1_ADVICE, Advice
+from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
@@ -25,6 +26,7 @@ class ServedModel:
     engine: Engine
     template: ChatTemplate
     tags: Tags
+    grammars: Grammars
     advice: Advice
     source: str  # where the files came from, in words
     aliases: frozenset[str] = frozenset()
@@ -77,6 +79,7 @@ def serve_opened(
         engine=Engine(opened.backend),
         template=template,
         tags=Tags.of(vocabulary.control, vocabulary.end_ids, vocabulary.size, vocabulary.encode),
+        grammars=Grammars(vocabulary),
         advice=advice or (R1_ADVICE if template.is_r1 else _ADVICE_ELSE),
         source=source,
     )

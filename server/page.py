@@ -54,7 +54,7 @@ class _File:
         self.body = path.read_bytes()
         self.etag = f'"{hashlib.sha256(self.body).hexdigest()[:24]}"'
         # Vendored files change with their folder's name, which tells the version; ours are asked for again.
-        caching = "public, max-age=31536000, immutable" if "vendor" in path.parts else "no-cache"
+        caching = "public, max-age=31536000, immutable" if "vendor" in path.relative_to(FOLDER).parts else "no-cache"
         self.headers = {"Content-Type": _TYPES[path.suffix], "ETag": self.etag, "Cache-Control": caching} | _SECURITY
         if path.suffix != ".woff2":  # those are compressed as they are
             self.headers["Vary"] = "Accept-Encoding"
@@ -74,8 +74,9 @@ class _File:
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at `/` and its files under `/page/`."""
-    files = {path.relative_to(FOLDER).as_posix(): _File(path) for path in FOLDER.rglob("*") if path.is_file()}
+    """Serve the page at `/` and its files under `/page/`; what else lies in the folder stays there."""
+    found = (path for path in FOLDER.rglob("*") if path.is_file() and path.suffix in _TYPES)
+    files = {path.relative_to(FOLDER).as_posix(): _File(path) for path in found}
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..backends.base import FinishReason, Force, GenerationRequest, Only, PromptTooLong, Sampling, Token
+from ..r1.grammar import Form, Matcher
 from ..r1.messages import Channel, Delta
 from ..r1.split import State
 from ..r1.thinking import Outcome, Rules, Thinking
@@ -33,6 +34,8 @@ class Ask:
     n: int = 1
     top_logprobs: int | None = None
     ignore_eos: bool = False
+    form: Form | None = None  # that the answers are held to
+    begun: str = ""  # what there is of the answer already, of a form's text
 
 
 class LogProb(NamedTuple):
@@ -76,7 +79,10 @@ class Replies:
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
         self.usage = Usage(len(ask.prompt_ids))
-        self.thinking = [Thinking(model.tags, ask.rules, room, ask.state, force=Force, only=Only) for _ in range(ask.n)]
+        self.thinking = [
+            Thinking(model.tags, ask.rules, room, ask.state, force=Force, only=Only, grammar=_begin(ask))
+            for _ in range(ask.n)
+        ]
         self._model = model
         self._metrics = metrics
         self._requests = [
@@ -121,6 +127,14 @@ class Replies:
             usage.reasoning_tokens += outcome.reasoning_tokens
         logprob = None if token.logprob is None else LogProb(token.token_id, token.logprob, token.top_logprobs)
         return Piece(choice, deltas, channel, logprob, token.finish, outcome)
+
+
+def _begin(ask: Ask) -> Matcher | None:
+    if ask.form is None:
+        return None
+    matcher = ask.form.start()
+    matcher.take_text(ask.begun)
+    return matcher
 
 
 def _own_seed(sampling: Sampling, index: int) -> Sampling:

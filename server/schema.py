@@ -5,10 +5,12 @@ Fields that we know and cannot honour are refused by name: a client that asks fo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..r1.grammar import ANY_OBJECT, Kind
 from ..r1.messages import Message
 
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
@@ -59,17 +61,104 @@ class StreamOptions(_Fields):
     include_usage: bool = False
 
 
+class JsonSchema(_Fields):
+    """`response_format.json_schema`. A schema is kept to the letter whether `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None
+
+
 class ResponseFormat(_Fields):
-    """`response_format`; structured output is not served yet."""
+    """`response_format`."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
-    @field_validator("type")
-    @classmethod
-    def _text(cls, kind: str) -> str:
-        if kind != "text":
-            raise ValueError(f"{kind!r} is not served; leave it out, or ask for JSON in the prompt")
-        return kind
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("a response_format of type json_schema needs a field json_schema with a schema in it")
+        return self
+
+
+Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
+
+
+class StructuredOutputs(_Fields):
+    """`structured_outputs`, vLLM's way to say what ours say at the top."""
+
+    model_config = ConfigDict(extra="forbid")  # another of vLLM's constraints would change the answer
+
+    json_: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choice | None = None
+    grammar: str | None = None
+
+
+class AskedForm(NamedTuple):
+    """The form that an answer is to have, and the field that says so."""
+
+    kind: Kind
+    text: str
+    param: str
+
+
+class FormFields(_Fields):
+    """What form the answer is to have: one of these at most."""
+
+    response_format: ResponseFormat | None = None
+    regex: str | None = None
+    choice: Choice | None = None
+    grammar: str | None = None  # Lark's notation or llama.cpp's GBNF
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None  # vLLM's older names
+    guided_regex: str | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> FormFields:
+        first, *more = [form.param.partition(".")[0] for form in self._forms()] or [""]
+        if more:
+            raise ValueError(f"{more[0]}: an answer has one form, and {first} says another; leave one out")
+        return self
+
+    @property
+    def form(self) -> AskedForm | None:
+        """The form, if any is asked for."""
+        return next(iter(self._forms()), None)
+
+    def _forms(self) -> list[AskedForm]:
+        forms: list[AskedForm] = []
+        if self.response_format and self.response_format.type == "json_object":
+            forms.append(AskedForm("json_schema", ANY_OBJECT, "response_format"))
+        if self.response_format and self.response_format.type == "json_schema" and self.response_format.json_schema:
+            schema = json.dumps(self.response_format.json_schema.json_schema)
+            forms.append(AskedForm("json_schema", schema, "response_format.json_schema.schema"))
+        if more := self.structured_outputs:
+            forms += _plain_forms("structured_outputs.", more.json_, more.regex, more.choice, more.grammar)
+            forms += [AskedForm("json_schema", ANY_OBJECT, "structured_outputs.json_object")] * bool(more.json_object)
+        forms += _plain_forms("", None, self.regex, self.choice, self.grammar)
+        forms += _plain_forms("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return forms
+
+
+def _plain_forms(
+    prefix: str, schema: dict[str, Any] | bool | str | None, regex: str | None, choice: list[str] | None, lark: str | None
+) -> list[AskedForm]:
+    forms: list[AskedForm] = []
+    if schema is not None:
+        forms.append(AskedForm("json_schema", schema if isinstance(schema, str) else json.dumps(schema), f"{prefix}json"))
+    if regex is not None:
+        forms.append(AskedForm("regex", regex, f"{prefix}regex"))
+    if choice is not None:
+        forms.append(AskedForm("choice", json.dumps(choice), f"{prefix}choice"))
+    if lark is not None:
+        forms.append(AskedForm("grammar", lark, f"{prefix}grammar"))
+    return forms
 
 
 class SamplingFields(_Fields):
@@ -166,14 +255,13 @@ class ReasoningFields(_Fields):
 _EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
-class ChatRequest(SamplingFields, ReasoningFields):
+class ChatRequest(SamplingFields, ReasoningFields, FormFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 from ..backends.base import PromptTooLong, Sampling
+from ..r1.grammar import BadForm, Form
 from ..r1.split import State
 from ..r1.thinking import Rules
 from .errors import ApiError
 from .model import ServedModel
 from .reply import Ask, LogProb, Usage
-from .schema import SamplingFields
+from .schema import FormFields, SamplingFields
 
 
 def check_model(model: ServedModel, name: str | None) -> None:
@@ -34,6 +35,8 @@ def ask_for(
     max_tokens: int | None,
     top_logprobs: int | None,
     rules: Rules,
+    form: Form | None = None,
+    begun: str = "",
 ) -> Ask:
     """Put a request together for the engine. Raises where its prompt or its numbers cannot be."""
     if not prompt_ids:
@@ -49,7 +52,21 @@ def ask_for(
         n=body.n or 1,
         top_logprobs=top_logprobs,
         ignore_eos=body.ignore_eos,
+        form=form,
+        begun=begun,
     )
+
+
+def form_of(model: ServedModel, body: FormFields) -> Form | None:
+    """The form that a request wants its answers in, compiled. Raises 400 and names the part that can't be kept."""
+    asked = body.form
+    if asked is None:
+        return None
+    try:
+        return model.grammars.compile(asked.kind, asked.text)
+    except BadForm as error:
+        param = f"{asked.param}.{error.part}" if error.part else asked.param
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from None
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -512,6 +512,22 @@ def test_a_failing_step_is_told_to_all_and_the_engine_lives_on():
     engine.close()
 
 
+class Babbles(Echo):
+    """An Echo that goes on after the end."""
+
+    def step(self) -> list[Token]:
+        tokens = super().step()
+        return tokens + [token for token in tokens if token.finish]
+
+
+def test_a_token_that_nobody_waits_for_is_let_go():
+    """It ended the engine's thread, and all later callers waited for ever."""
+    engine = Engine(Babbles(parallel=2))
+    first, second = replies(engine, ask(engine.backend, "a"), ask(engine.backend, "bc"))
+    assert (text(first), text(second)) == ("a", "bc")
+    engine.close()
+
+
 def test_closing_ends_those_who_wait_and_turns_later_ones_away():
     engine = Engine(Echo(step_s=0.001, context_length=1_000_000))
     tokens = engine.generate([ask(engine.backend, max_tokens=900_000, ignore_eos=True)])

@@ -161,12 +161,7 @@ FIELDS = {
     "21 top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not served"),
     "functions": ({"functions": [{"name": "f"}]}, "functions", "not served"),
-    "a JSON schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        "response_format.type",
-        "'json_schema' is not served",
-    ),
-    "JSON mode": ({"response_format": {"type": "json_object"}}, "response_format.type", "'json_object' is not served"),
+    "a format nobody knows": ({"response_format": {"type": "yaml"}}, "response_format.type", "json_schema"),
     "sound": ({"modalities": ["text", "audio"]}, "modalities", "text only"),
     "no messages": ({"messages": []}, "messages", "at least 1"),
     "null for messages": ({"messages": None}, "messages", "array"),
@@ -317,7 +312,6 @@ def test_what_a_web_form_can_post_is_415(server, media):
 PATHS = {
     "no such path": ("GET", "/v2/nothing", 404),
     "no such path, posted": ("POST", "/v1/chat", 404),
-    "the root": ("GET", "/", 404),
     "FastAPI's own pages": ("GET", "/docs", 404),
     "a method too many": ("GET", CHAT, 405),
     "deleting": ("DELETE", "/v1/models", 405),
@@ -362,17 +356,18 @@ WRONG_KEYS = {
 
 
 @pytest.mark.parametrize("headers", WRONG_KEYS.values(), ids=WRONG_KEYS)
-def test_without_a_key_nothing_but_health_is_answered(closed, headers):
+def test_without_a_key_nothing_but_health_and_the_chat_page_is_answered(closed, headers):
     headers = {name: value if isinstance(value, bytes) else value.encode() for name, value in headers.items()}
-    paths = {path for path in closed.service_paths() if path not in ("/health", "/ready")}
+    paths = {path for path in closed.service_paths() if path not in ("/health", "/ready", "/", "/page/x")}
     assert len(paths) >= 8
-    for path in (*paths, "/nowhere", "/health/", "/health/../metrics", "//health"):
+    for path in (*paths, "/nowhere", "/health/", "/health/../metrics"):
         for method in ("GET", "POST"):
             response = closed.request(method, path, headers=headers)
             status, param, code, _ = refused(response, kind="authentication_error")
             assert (status, param, code) == (401, None, "invalid_api_key"), path
             assert response.headers["www-authenticate"] == "Bearer"
-    assert [closed.get(path, headers=headers).status_code for path in ("/health", "/ready")] == [200, 200]
+    assert [closed.get(path, headers=headers).status_code for path in ("/health", "/ready", "/")] == [200] * 3
+    assert [closed.post(path, {}, headers=headers).status_code for path in ("/", "/page/x")] == [401] * 2
 
 
 RIGHT_KEYS = {

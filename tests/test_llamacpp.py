@@ -6,6 +6,7 @@ Mostly on a llama with random weights, which takes a millisecond a step; what on
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from stillhouse.backends import machine
 from stillhouse.backends.base import BackendFailed, Force, GenerationRequest, LoadOptions, Sampling, Started, Token
+from stillhouse.backends.engine import Engine
 from stillhouse.backends.llamacpp import LlamaCpp
 from stillhouse.backends.open import open_backend
 from stillhouse.backends.sampling import distribution
@@ -257,6 +259,17 @@ def test_idle_work_that_finds_the_cache_full_stays_idle(open_llama, random_path)
         backend.step()
     assert [request.draft.request.id for request in backend._idle] == [requests[1].id]
     assert len(run(backend)[requests[1].id]) > 0
+
+
+def test_a_prompt_that_nobody_waits_for_is_read_too(open_llama, random_path):
+    backend = open_llama(random_path)
+    prompt = backend.vocabulary.encode(LONG)
+    engine = Engine(backend)  # left open: the fixture closes what it would close
+    engine.read(GenerationRequest("ahead", prompt, 0, idle=True))
+    while not backend.load().cache_used:
+        time.sleep(0.001)
+    (token,) = engine.generate([GenerationRequest("now", [*prompt, 65], 1)])
+    assert token.started and token.started.cached_tokens == len(prompt)
 
 
 # Options

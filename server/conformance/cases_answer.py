@@ -16,7 +16,6 @@ _SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
-_FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": _SCHEMA}}
 _TOOL = {
     "type": "function",
     "function": {
@@ -40,11 +39,11 @@ def a_schema_for_the_answer(target: Target) -> str:
     """Are the thoughts free and the answer held to a JSON schema, in one request?"""
     target.need_thoughts()
     if target.is_scripted:
-        kept = target.say(f'{{"a" or two{CLOSE}\n\n{{"answer": "no"}}', response_format=_FORMAT)
+        kept = target.say(f'{{"a" or two{CLOSE}\n\n{{"answer": "no"}}', **target.schema(_SCHEMA))
         expect(kept.reasoning == '{"a" or two' and kept.content == '{"answer": "no"}', kept.shown())
-        reply = target.say(f"two{CLOSE}\n\nnot JSON at all", response_format=_FORMAT, max_tokens=200)
+        reply = target.say(f"two{CLOSE}\n\nnot JSON at all", **target.schema(_SCHEMA), max_tokens=200)
     else:
-        reply = _then_free(target, TWO, response_format=_FORMAT)
+        reply = _then_free(target, TWO, **target.schema(_SCHEMA))
     expect(bool(reply.reasoning) and fits(reply.content), reply.shown())
     return reply.shown()
 
@@ -55,12 +54,12 @@ def a_schema_without_thoughts(target: Target) -> str:
     replies = []
     if target.is_scripted:
         for fields in target.ways_without_thoughts:
-            replies.append(target.say("not JSON at all", response_format=_FORMAT, max_tokens=200, **fields))
-        replies.append(target.say(f"\n\n{CLOSE}\n\nnot JSON at all", response_format=_FORMAT, max_tokens=200))
+            replies.append(target.say("not JSON at all", **target.schema(_SCHEMA), max_tokens=200, **fields))
+        replies.append(target.say(f"\n\n{CLOSE}\n\nnot JSON at all", **target.schema(_SCHEMA), max_tokens=200))
     elif not target.thinks:
-        replies.append(target.ask("Is two even?", max_tokens=96, response_format=_FORMAT))
+        replies.append(target.ask("Is two even?", max_tokens=96, **target.schema(_SCHEMA)))
     else:
-        replies.append(_then_free(target, response_format=_FORMAT))
+        replies.append(_then_free(target, **target.schema(_SCHEMA)))
     for reply in replies:
         expect(fits(reply.content), reply.shown())
     return replies[-1].shown()
@@ -69,11 +68,11 @@ def a_schema_without_thoughts(target: Target) -> str:
 @case(28, "a schema under speculation")
 def a_schema_under_speculation(target: Target) -> str:
     """Does the schema hold where tokens are drafted several at a time?"""
-    target.need_thoughts()
+    target.need_thinking()
     reply = target.ask("Is two even?", max_tokens=48)
     if not (reply.head.get("timings") or {}).get("draft_n"):
         raise NotApplicable("no sign of speculative decoding")
-    reply = _then_free(target, TWO, response_format=_FORMAT)
+    reply = _then_free(target, TWO, **target.schema(_SCHEMA))
     expect(bool(reply.reasoning) and fits(reply.content), reply.shown())
     return reply.shown()
 
@@ -83,9 +82,9 @@ def room_for_the_schema(target: Target) -> str:
     """Is there valid JSON, or an error that says why not, where the thoughts take it all?"""
     target.need_thoughts()
     if target.is_scripted:
-        reply = target.say(count_up(200), response_format=_FORMAT, max_tokens=120)
+        reply = target.say(count_up(200), **target.schema(_SCHEMA), max_tokens=120)
     else:
-        reply = target.ask("Is there a largest prime? Prove it.", max_tokens=64, response_format=_FORMAT)
+        reply = target.ask("Is there a largest prime? Prove it.", max_tokens=64, **target.schema(_SCHEMA))
     told = any(reply.head.get(name) for name in ("error", "incomplete_details", "warnings"))
     expect(fits(reply.content) or (reply.finish == "length" and told), f"neither: {reply.shown()}")
     return reply.shown()
@@ -94,7 +93,6 @@ def room_for_the_schema(target: Target) -> str:
 @case(30, "a tool call in the thoughts")
 def a_tool_call_in_the_thoughts(target: Target) -> str:
     """Is a call that is only thought of left in the thoughts, and not made?"""
-    target.need_thoughts()
     if not target.is_scripted:
         raise NotApplicable("a real model cannot be made to write a call into its thoughts")
     for call in (
@@ -130,7 +128,7 @@ def tools_for_a_model_that_has_none(target: Target) -> str:
 @case(32, "a stop string in the thoughts")
 def a_stop_string_in_the_thoughts(target: Target) -> str:
     """Do stop strings end the answer only?"""
-    target.need_thoughts()
+    target.need_thinking()
     if target.is_scripted:
         script = f"one STOP two{CLOSE}\n\nfour STOP five"
         reply = target.say(script, stop=["STOP"])
@@ -140,7 +138,10 @@ def a_stop_string_in_the_thoughts(target: Target) -> str:
         return reply.shown()
     steered(target.steer(TWO, PLUS, CLOSE, FOUR, END), "two", "plus", "four")
     reply = target.steer(TWO, PLUS, CLOSE, FOUR, END, stop=[" plus"])
-    expect("plus" in reply.reasoning and "four" in reply.content, f"it fired in the thoughts: {reply.shown()}")
+    expect(
+        "plus" in reply.reasoning + reply.content and "four" in reply.content,
+        f"it fired in the thoughts: {reply.shown()}",
+    )
     return reply.shown()
 
 

@@ -70,6 +70,7 @@ def a_budget(target: Target) -> str:
 @case(19, "closed by the special token")
 def closed_by_the_special_token(target: Target) -> str:
     """Is a forced `</think>` the one token that the model knows, not its letters?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         # Without words before it: ten tokens of thoughts, and the closing tag is one more. In letters it were eight.
@@ -92,7 +93,7 @@ def closed_by_the_special_token(target: Target) -> str:
 @case(20, "a budget under speculation")
 def a_budget_under_speculation(target: Target) -> str:
     """Does the budget hold where tokens are drafted and accepted several at a time?"""
-    target.need_thoughts()
+    target.need_thinking()
     reply = target.ask("What is two and two?", max_tokens=48)
     timings = reply.head.get("timings") or {}
     if not timings.get("draft_n"):
@@ -106,6 +107,7 @@ def a_budget_under_speculation(target: Target) -> str:
 @case(21, "a budget is for thoughts only")
 def a_budget_is_for_thoughts_only(target: Target) -> str:
     """Does the answer go on past the thinking budget, in the middle of code too?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         answer = "```python\n" + "print(1)  # <tool_call>\n" * 4 + "```"
@@ -143,6 +145,7 @@ def effort_by_name(target: Target) -> str:
 @case(23, "a budget beyond max_tokens")
 def a_budget_beyond_max_tokens(target: Target) -> str:
     """Is a budget that leaves no answer clamped, or refused by name?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         reply = target.say(count_up(200), thinking_budget=100_000, max_tokens=200)
@@ -150,7 +153,6 @@ def a_budget_beyond_max_tokens(target: Target) -> str:
         limit = reply.head.get("thinking_limit") or {}
         expect(limit.get("clamped") is True, f"not said in the reply: {limit}")
         return f"clamped to {limit.get('tokens')}, and said"
-    target.budget(1)
     fields = target.setting("budget", 1000) or {}
     try:
         reply = target.ask(_HARD, max_tokens=64, **fields)

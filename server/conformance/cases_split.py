@@ -209,6 +209,7 @@ def closing_tag_in_the_answer(target: Target) -> str:
 @case(12, "`<think>` in the answer")
 def opening_tag_in_the_answer(target: Target) -> str:
     """Is an opening tag in the answer text, and not the start of new thoughts?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         answer = f"four {OPEN} five {CLOSE} six"
@@ -221,6 +222,7 @@ def opening_tag_in_the_answer(target: Target) -> str:
 @case(13, "words before a forced close")
 def words_before_a_forced_close(target: Target) -> str:
     """Is a forced close led up to in words, so that the model stops thinking?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         reply = target.say(count_up(200), thinking_budget=64, max_tokens=900)
@@ -256,7 +258,6 @@ def white_space_around_the_tags(target: Target) -> str:
 @case(15, "end of sequence as text")
 def end_of_sequence_as_text(target: Target) -> str:
     """Is the name of an end token, written as text, only text?"""
-    target.need_thoughts()
     if not target.is_scripted:
         raise NotApplicable("a real model cannot be made to write an end token's name letter by letter")
     thought, answer = "R1 ends with <｜end▁of▁sentence｜>, Qwen with <|im_end|>", "so </s> or <|eot_id|>"
@@ -266,11 +267,14 @@ def end_of_sequence_as_text(target: Target) -> str:
 @case(16, "a close inside a character")
 def a_close_inside_a_character(target: Target) -> str:
     """Does a forced close wait until a character is complete?"""
+    target.budget(8)  # or not applicable
     target.need_thoughts()
     if target.is_scripted:
         for budget in (40, 41, 42, 43):
             reply = target.say("😀é€" * 40, thinking_budget=budget, max_tokens=300, break_loops=False)
-            expect(bool(reply.content) and "�" not in reply.reasoning + reply.content, reply.shown())
+            expect(
+                bool(reply.reasoning and reply.content) and "�" not in reply.reasoning + reply.content, reply.shown()
+            )
         return reply.shown()
     tokens = next((ids for sign in "𒀀𓂀🪿ꙮ𐎀" if len(set(ids := target.pieces(sign))) == len(ids) >= 3), None)
     if tokens is None:

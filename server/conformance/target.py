@@ -22,35 +22,31 @@ _END_NAMES = ("<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|end_
 _BIASES = (100, 84, 68, 54, 42, 32)  # of the tokens that are to come first, second, …
 _QUESTION = "Please begin."
 
-# owner of the model in /v1/models -> setting -> the fields that ask for it; None = it has no such setting.
+# Owner of the model in /v1/models -> setting -> the fields that ask for it.
 _NAMES: dict[str, dict[str, Any]] = {
     "stillhouse": {
         "budget": lambda n: {"thinking_budget": n},
-        "hidden": {"reasoning_format": "hidden"},
-        "inline": {"reasoning_format": "inline"},
         "plain_end": {"empty_answer": "allow"},
         "minimum": lambda n: {"min_thinking_tokens": n},
         "no_thoughts": ({"thinking_budget": 0}, {"reasoning_effort": "none"}),
     },
     "llamacpp": {
         "budget": lambda n: {"thinking_budget_tokens": n, "reasoning_budget_message": "\nTime to answer.\n"},
-        "hidden": None,
-        "inline": {"reasoning_format": "none"},
         "no_thoughts": ({"thinking_budget_tokens": 0}, {"reasoning_effort": "none"}),
     },
     "vllm": {
         "budget": lambda n: {"thinking_token_budget": n},
-        "hidden": {"include_reasoning": False},
         "no_thoughts": ({"thinking_token_budget": 0},),
         "resumed": {"continue_final_message": True, "add_generation_prompt": False},
     },
     "sglang": {
         "budget": lambda n: {"custom_params": {"thinking_budget": n}},
-        "hidden": {"stream_reasoning": False},
-        "inline": {"separate_reasoning": False},
         "no_thoughts": ({"reasoning_effort": "none"},),
         "resumed": {"continue_final_message": True},
     },
+}
+_NAMES["me"] = {  # llama-cpp-python's own server
+    "schema": lambda schema: {"response_format": {"type": "json_object", "schema": schema}},
 }
 _ELSE: dict[str, Any] = {  # a server that we do not know: every name at once, as most ignore what they do not know
     "budget": lambda n: {
@@ -60,7 +56,6 @@ _ELSE: dict[str, Any] = {  # a server that we do not know: every name at once, a
         "reasoning_budget": n,
         "reasoning_max_tokens": n,
     },
-    "hidden": {"include_reasoning": False, "reasoning": {"exclude": True}},
     "no_thoughts": ({"reasoning_effort": "none"}, {"thinking_budget": 0, "reasoning_budget": 0}),
 }
 _SWITCH_OFF = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -171,8 +166,14 @@ class Target:
         fields = _NAMES.get(self.owner, _ELSE).get(name)
         return fields(*value) if callable(fields) else fields
 
+    def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The fields that hold the answer to a JSON schema: OpenAI's, unless the server has others."""
+        openai = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+        return self.setting("schema", schema) or {"response_format": openai}
+
     def budget(self, tokens: int) -> dict[str, Any]:
         """The fields for a thinking budget; `NotApplicable` where budgets do nothing here (case 18 fails for it)."""
+        self.need_thinking()
         if not self.is_scripted and not self.budget_works:
             raise NotApplicable("it has no thinking budget (case 18)")
         return self.setting("budget", tokens) or {}
@@ -224,10 +225,14 @@ class Target:
         except NotApplicable:
             return None
 
-    def need_thoughts(self) -> None:
-        """Raises `NotApplicable` where the model does not think, and fails where thoughts are not set apart."""
+    def need_thinking(self) -> None:
+        """Raises `NotApplicable` where the model does not think."""
         if not self.thinks:
             raise NotApplicable("no thoughts to be seen: this model does not think")
+
+    def need_thoughts(self) -> None:
+        """The same, and fails the case where thoughts are not set apart."""
+        self.need_thinking()
         expect(self.splits is True, "thoughts and tags stand in content; they are not set apart")
 
     # Tokens

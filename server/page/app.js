@@ -103,6 +103,7 @@ const drawRunning = atFrameRate(() => {
   views.get(run.node.id)?.drawText(run);
   drawButtons();
   if (stick) toEnd();
+  else drawToEnd();
 });
 
 async function drawHeads() {
@@ -115,12 +116,14 @@ const scroll = $("scroll");
 let stick = true;
 let lastTop = 0;
 const toEnd = () => (scroll.scrollTop = scroll.scrollHeight);
+const gapBelow = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
+const drawToEnd = () => ($("to-end").hidden = gapBelow() < 160);
 scroll.onscroll = () => {
-  const gap = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
+  const gap = gapBelow();
   if (scroll.scrollTop < lastTop - 1 && gap > 1) stick = false;
   else if (gap < 40) stick = true;
   lastTop = scroll.scrollTop;
-  $("to-end").hidden = gap < 160;
+  drawToEnd();
 };
 scroll.addEventListener("wheel", (event) => event.deltaY < 0 && (stick = false), { passive: true });
 new ResizeObserver(() => stick && toEnd()).observe(scroll);

@@ -53,7 +53,9 @@ export function wireSettings(current, changed) {
   };
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.querySelector("[data-close]").onclick = () => dialog.close();
-    dialog.onclick = (event) => event.target === dialog && isOutside(dialog, event) && dialog.close();
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog && isOutside(dialog, event)) dialog.close();
+    });
   }
 }
 
