@@ -130,6 +130,7 @@ class Echo:
     def _logits(self, reply: _Running) -> NDArray[np.float32]:
         logits = np.zeros(self.vocabulary.size, np.float32)
         logits[ord(".")] = 1.0  # what it says where its script is forbidden
+        logits[list(b" \t\n\r")] = -_SURE  # and what it does not, while a mask allows more
         logits[reply.plan[0] if reply.plan else min(self.vocabulary.end_ids)] = _SURE
         if reply.draft.request.ignore_eos:
             logits[list(self.vocabulary.end_ids)] = -np.inf

@@ -12,40 +12,25 @@ import time
 from array import array
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
 
 import llama_cpp as C
 import numpy as np
 from numpy.typing import NDArray
 
-from ..r1.errors import BadModelFile, UserError
-from ..r1.gguf import Header, kv_bytes_per_token
-from . import machine
+from ..r1.errors import BadModelFile
+from ..r1.gguf import Header
 from .base import BackendFailed, Force, GenerationRequest, Load, LoadOptions, Only, Token
 from .draft import Draft
 from .kvcache import CachedSequence, KVCache, common_prefix, token_array
+from .llamacpp_batch import Batch, Pace
+from .llamacpp_load import fit, last_words, load_adapter, load_model, make_context, silence
 from .llamacpp_sampler import LlamaSampler
 from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import log_softmax, mask_to
 
 _RETAINED = 64  # sequences kept for their prefix, besides the running ones
 _WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
-_STEP_S = 1.0  # a step that reads a prompt takes about so long at most
-_LEAST_CHUNK = 32  # tokens: smaller ones read a prompt much slower
-_KV_TYPES = {  # name -> (ggml type, bits a value)
-    "f32": (0, 32),
-    "f16": (1, 16),
-    "bf16": (30, 16),
-    "q8_0": (8, 8.5),
-    "q5_1": (7, 6),
-    "q5_0": (6, 5.5),
-    "q4_1": (3, 5),
-    "q4_0": (2, 4.5),
-    "iq4_nl": (20, 4.5),
-}
 _MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
-_MOST_DEFAULT_CONTEXT = 32_768  # DeepSeek's longest reply; a model's own 131,072 would cost gigabytes that few use
-_COMPUTE_RESERVE = 0.05  # of the weights, for activations and scratch buffers (measured 2-4 % on 0.1b-7b at 512)
 
 
 class _Running:
@@ -66,13 +51,13 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, paths: tuple[Path, ...], header: Header, options: LoadOptions) -> None:
-        _silence()
-        fit = _fit(header, sum(path.stat().st_size for path in paths), options)
-        self.context_length = fit.context
-        self._model = _load_model(paths, options)
-        self._adapters = [_load_adapter(self._model, path) for path, _ in options.loras]
+        silence()
+        fitted = fit(header, sum(path.stat().st_size for path in paths), options)
+        self.context_length = fitted.context
+        self._model = load_model(paths, options)
+        self._adapters = [load_adapter(self._model, path) for path, _ in options.loras]
         sequences = min(_MOST_SEQUENCES, options.parallel + _RETAINED)
-        self._context = _make_context(self._model, options, fit, sequences)
+        self._context = make_context(self._model, options, fitted, sequences)
         if self._adapters:
             scales = (ctypes.c_float * len(self._adapters))(*(scale for _, scale in options.loras))
             adapters = (C.llama_adapter_lora_p_ctypes * len(self._adapters))(*self._adapters)
@@ -80,12 +65,12 @@ class LlamaCpp:
                 raise BadModelFile("the LoRA adapters could not be applied", "they must be made for this very model")
         self._memory = C.llama_get_memory(self._context)
         self.vocabulary = LlamaVocabulary(self._model)
-        self._cache = KVCache(sequences, fit.cache_tokens)
+        self._cache = KVCache(sequences, fitted.cache_tokens)
         # The state of recurrent layers cannot be cut back to a prefix.
         self._reuse = not (C.llama_model_is_recurrent(self._model) or C.llama_model_is_hybrid(self._model))
         self._parallel = options.parallel
-        self._batch = _Batch(options.batch_tokens)
-        self._pace = _Pace(options.batch_tokens)
+        self._batch = Batch(options.batch_tokens)
+        self._pace = Pace(options.batch_tokens)
         self._waiting: deque[_Running] = deque()
         self._idle: deque[_Running] = deque()  # work for when nothing else is to do
         self._running: list[_Running] = []  # in the order they came
@@ -221,7 +206,7 @@ class LlamaCpp:
                 reply.todo = reply.todo[count:]
             return True
         if status != 1:
-            self._fail(f"llama_decode failed with status {status}: {_last_words()}")
+            self._fail(f"llama_decode failed with status {status}: {last_words()}")
         evicted = self._cache.evict()
         if evicted is not None:
             C.llama_memory_seq_rm(self._memory, evicted.id, -1, -1)
@@ -301,190 +286,6 @@ class LlamaCpp:
         self._running, self._waiting, self._idle = [], deque(), deque()
 
 
-class _Batch:
-    """The `llama_batch` of a step, in arrays that are filled by slices."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.tokens = 0
-        self.entries: list[tuple[_Running, int]] = []  # whose tokens, and how many
-        self.outputs: list[int] = []  # places in the batch whose logits are wanted
-        self._ids = np.zeros(size, np.int32)
-        self._positions = np.zeros(size, np.int32)
-        self._sequences = np.zeros(size, np.int32)
-        self._wanted = np.zeros(size, np.int8)
-        self._counts = np.ones(size, np.int32)
-        first, step = self._sequences.ctypes.data, self._sequences.itemsize
-        self._pointers = (ctypes.POINTER(C.llama_seq_id) * size)(
-            *(ctypes.cast(first + i * step, ctypes.POINTER(C.llama_seq_id)) for i in range(size))
-        )
-        self.struct = C.llama_batch(
-            n_tokens=0,
-            token=self._ids.ctypes.data_as(ctypes.POINTER(C.llama_token)),
-            embd=None,
-            pos=self._positions.ctypes.data_as(ctypes.POINTER(C.llama_pos)),
-            n_seq_id=self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=self._pointers,
-            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    @property
-    def room(self) -> int:
-        return self.size - self.tokens
-
-    def clear(self) -> None:
-        self.tokens, self.entries, self.outputs = 0, [], []
-
-    def add(self, reply: _Running, count: int) -> None:
-        """Take the first `count` known tokens of a reply; the logits of the last are wanted if no more are known."""
-        assert reply.sequence is not None
-        start, end, position = self.tokens, self.tokens + count, reply.sequence.length
-        self._ids[start:end] = reply.todo[:count]
-        self._positions[start:end] = range(position, position + count)
-        self._sequences[start:end] = reply.sequence.id
-        self._wanted[start:end] = 0
-        if count == len(reply.todo):
-            self._wanted[end - 1] = 1
-            self.outputs.append(end - 1)
-        self.entries.append((reply, count))
-        self.tokens = self.struct.n_tokens = end
-
-
-class _Pace:
-    """How many prompt tokens a step may carry, so that replies beside it don't stall and a cancellation is not late."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._token_s = _STEP_S / min(most, 256)  # measured as soon as a prompt has been read
-
-    def chunk(self, *, replying: bool) -> int:
-        """Prompt tokens for the next step; a third as long where replies wait for it."""
-        step_s = _STEP_S / 3 if replying else _STEP_S
-        return max(_LEAST_CHUNK, min(self._most, int(step_s / self._token_s)))
-
-    def note(self, tokens: int, seconds: float) -> None:
-        """Learn from a step; those of a few tokens tell nothing, they are as slow as one of many."""
-        if tokens >= _LEAST_CHUNK:
-            self._token_s += 0.3 * (seconds / tokens - self._token_s)
-
-
-class _Fit(NamedTuple):
-    context: int  # tokens a request may have
-    cache_tokens: int  # tokens of all requests together
-
-
-def _fit(header: Header, weights: int, options: LoadOptions) -> _Fit:
-    """Choose the context and the KV cache, or say why what was asked for cannot be had."""
-    trained = header.context_length or _MOST_DEFAULT_CONTEXT
-    if options.context and options.context > trained:
-        raise UserError(
-            f"--context {options.context} is more than the {trained} tokens this model was trained to read",
-            f"serve with --context {trained} or less",
-        )
-    if options.kv_type not in _KV_TYPES:
-        raise UserError(f"there is no KV cache type {options.kv_type!r}", f"choose one of {', '.join(_KV_TYPES)}")
-    bits = _KV_TYPES[options.kv_type][1]
-    per_token = max(1, kv_bytes_per_token(header, bits, bits))
-    # On a GPU the driver says what fits; the RAM is no measure of it.
-    free = 1 << 62 if _offloads(options) else machine.free_memory()
-    budget = int(free - weights * (1 + _COMPUTE_RESERVE))
-    if budget < 512 * per_token:
-        raise UserError(
-            f"the model needs {_gb(weights)} of memory and {_gb(free)} are free",
-            "close other programs, or choose a smaller model or quantization",
-        )
-    most = budget // per_token
-    context = options.context or min(trained, _MOST_DEFAULT_CONTEXT)
-    if options.context and max(options.context, options.cache_tokens or 0) > most:
-        raise UserError(
-            f"a KV cache for {max(options.context, options.cache_tokens or 0)} tokens needs "
-            f"{_gb(max(options.context, options.cache_tokens or 0) * per_token)} of memory and {_gb(budget)} are free "
-            f"beside the weights",
-            f"serve with --context {most // 256 * 256} or less"
-            + (", or with --kv-type q8_0 (half as much)" if bits > 8.5 else ""),
-        )
-    while context > max(512, most):
-        context //= 2
-    shared = max(context, min(options.parallel * context, _MOST_DEFAULT_CONTEXT, most // 4))
-    return _Fit(context, max(context, options.cache_tokens or shared))
-
-
-def _offloads(options: LoadOptions) -> bool:
-    return options.gpu_layers != 0 and bool(C.llama_supports_gpu_offload())
-
-
-def _load_model(paths: tuple[Path, ...], options: LoadOptions) -> C.llama_model_p:
-    params = C.llama_model_default_params()
-    params.n_gpu_layers = (-1 if options.gpu_layers is None else options.gpu_layers) if _offloads(options) else 0
-    params.load_mode = C.LLAMA_LOAD_MODE_MMAP if options.mmap else C.LLAMA_LOAD_MODE_NONE
-    names = (ctypes.c_char_p * len(paths))(*(str(path).encode() for path in paths))
-    model = C.llama_model_load_from_splits(names, len(paths), params)
-    if not model:
-        raise BadModelFile(
-            f"llama.cpp cannot load {paths[0].name}: {_last_words()}", "stillhouse show tells what is in it"
-        )
-    return model
-
-
-def _load_adapter(model: C.llama_model_p, path: Path) -> C.llama_adapter_lora_p:
-    if not path.is_file():
-        raise BadModelFile(f"there is no LoRA adapter {path}", "--lora takes a GGUF file and, after =, its scale")
-    adapter = C.llama_adapter_lora_init(model, str(path).encode())
-    if not adapter:
-        raise BadModelFile(
-            f"llama.cpp cannot load the LoRA adapter {path.name}: {_last_words()}",
-            "it must be made for this very model",
-        )
-    return adapter
-
-
-def _make_context(model: C.llama_model_p, options: LoadOptions, fit: _Fit, sequences: int) -> C.llama_context_p:
-    params = C.llama_context_default_params()
-    params.n_ctx = fit.cache_tokens
-    params.n_batch = params.n_ubatch = options.batch_tokens
-    params.n_seq_max = params.n_outputs_max = sequences
-    threads = options.threads or machine.physical_cores()
-    params.n_threads = params.n_threads_batch = threads
-    params.type_k = params.type_v = _KV_TYPES[options.kv_type][0]
-    params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
-    params.kv_unified = True  # one pool of cells, so that a prefix can be shared and a long reply can borrow
-    params.swa_full = True  # a sliding window would forget the prefixes that are to be shared
-    context = C.llama_init_from_model(model, params)
-    if not context:
-        raise UserError(
-            f"llama.cpp cannot make a context of {fit.cache_tokens} tokens: {_last_words()}",
-            "try a smaller --context, --kv-type f16, or --flash-attention on",
-        )
-    return context
-
-
 def _whole(reply: _Running) -> array[int]:
     """Every token of a reply that is known: decoded and to be decoded."""
     return reply.sequence.tokens + reply.todo if reply.sequence else reply.todo
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
-# llama.cpp reports through a log callback only: keep what it complained about, print nothing.
-_complaints: deque[str] = deque(maxlen=8)
-
-
-@C.llama_log_callback
-def _listen(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    if level in (3, 4) and text.strip():  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
-        _complaints.append(text.decode(errors="replace").strip())
-
-
-def _silence() -> None:
-    _complaints.clear()
-    C.llama_log_set(_listen, ctypes.c_void_p(0))
-    C.llama_backend_init()
-
-
-def _last_words() -> str:
-    """The first complaint of a failed call: what follows are its consequences."""
-    last = _complaints[-1] if _complaints else "no reason given"
-    words = next((line for line in _complaints if "error" in line.lower() or "fail" in line.lower()), last)
-    return words.split(": ", 1)[-1] if words.startswith("llama_") else words

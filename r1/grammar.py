@@ -31,7 +31,8 @@ ANY_OBJECT = '{"type": "object"}'
 _LONGEST = 131_072  # characters of a form
 _DEEPEST = 64  # levels of a schema; `$ref` may go round, it is no level
 _REMEMBERED = 64  # compiled forms
-_WHITE_SPACE = r"[ \n\t]{0,20}"  # between two pieces of JSON; without a bound small models indent for ever
+_WHITE_SPACE = r"( |\n[ \t]{0,20})?"  # between two pieces of JSON; without a bound small models indent for ever
+_COMBINED = ("allOf", "anyOf", "oneOf", "$ref")
 _ANNOTATIONS = {"password", "path", "file-path", "directory-path", "binary", "byte"}  # formats that say nothing of text
 
 
@@ -293,7 +294,11 @@ def schema_grammar(schema: Any) -> str:
 
 
 def read_schema(text: str) -> dict[str, Any]:
-    """A schema as it is compiled: an object, not too deep, without what says nothing of the text. Raises `BadForm`."""
+    """A schema as it is compiled: an object, not too deep, without what says nothing of the text. Raises `BadForm`.
+
+    An object that lists its properties and says nothing of others gets no others: all that it may have is still valid,
+    and a small model does not go on inventing fields.
+    """
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
@@ -302,20 +307,34 @@ def read_schema(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(schema, dict):
         raise BadForm("a schema is an object, such as {\"type\": \"object\"}")
-    return _plain(schema, ())
+    return _plain(schema, (), '"allOf"' not in text)
 
 
-def _plain(schema: Any, path: tuple[str, ...]) -> Any:
-    """A schema without the formats that are only annotations; its depth is checked on the way."""
+def _plain(schema: Any, path: tuple[str, ...], close: bool) -> Any:
+    """A schema without formats that are only annotations, its objects closed; its depth is checked on the way."""
     if len(path) > _DEEPEST:
         raise BadForm(f"it is more than {_DEEPEST} levels deep", ".".join(path[:4]))
     if isinstance(schema, list):
-        return [_plain(item, (*path, str(i))) for i, item in enumerate(schema)]
+        return [_plain(item, (*path, str(i)), close) for i, item in enumerate(schema)]
     if not isinstance(schema, dict):
+        return schema
+    if path[-1:] and path[-1] in ("const", "enum", "default", "examples") and path[-2:-1] != ("properties",):
         return schema
     if isinstance(schema.get("format"), str) and schema["format"] in _ANNOTATIONS:
         schema = {key: value for key, value in schema.items() if key != "format"}
-    return {key: _plain(value, (*path, key)) for key, value in schema.items()}
+    lists = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    combined = any(key in schema for key in _COMBINED)
+    plain = {key: _plain(value, (*path, key), close and not (lists and combined)) for key, value in schema.items()}
+    if close and lists and not combined and _names_all(schema):
+        plain.setdefault("additionalProperties", False)
+    return plain
+
+
+def _names_all(schema: dict[str, Any]) -> bool:
+    """Whether the properties that an object lists are enough for all else that it says."""
+    names, required = schema["properties"], schema.get("required", [])
+    enough = isinstance(required, list) and all(name in names for name in required if isinstance(name, str))
+    return enough and _count(schema, "minProperties") <= len(names) and "patternProperties" not in schema
 
 
 def part_of(schema: Any, words: str) -> str:

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from .errors import BadPrompt
-from .messages import Message
+from .messages import Message, ToolCall
 
 OPEN, CLOSE = "<think>", "</think>"
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for internal use
@@ -67,7 +67,7 @@ class ChatTemplate:
         self.can_think = OPEN in control and CLOSE in control
         if source is None and self.is_r1:
             source = R1_TEMPLATE
-        self._source = source
+        self.source = source
         self._bos, self._eos = bos, eos
         # White space and single characters are user-defined tokens of some models; they change no turn.
         names = sorted((name for name in {*control, OPEN, CLOSE} if len(name) > 1 and name.strip()), reverse=True)
@@ -75,13 +75,13 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Any:
-        if self._source is None:
+        if self.source is None:
             raise BadPrompt(
                 "this model file carries no chat template",
                 "use /v1/completions with a prompt of your own, or serve with --chat-template FILE",
             )
         try:
-            return _environment().from_string(self._source)
+            return _environment().from_string(self.source)
         except Exception as error:  # a syntax error, or nested deeper than Python's compiler goes
             raise BadPrompt(
                 f"the model's chat template is broken: {error}", "serve with --chat-template FILE"
@@ -95,15 +95,18 @@ class ChatTemplate:
         preserve_thinking: bool = False,
         reply_follows: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prompt:
         """Render a conversation up to where the model's reply begins, or without `reply_follows`, its end.
 
         A last message of the assistant is one to go on with, in its thoughts or in its answer. Thoughts in earlier
-        turns are left out unless `preserve_thinking`. Raises `BadPrompt` with the template's own words.
+        turns are left out unless `preserve_thinking`. `tools` are for a template that knows them. Raises `BadPrompt` with the template's own words.
         """
         variables = variables or {}
-        mark, opened, closed = self._free_marks(messages, variables)
+        mark, opened, closed = self._free_marks(messages, variables, tools)
         variables = {key: self._defuse(it, mark) if isinstance(it, str) else it for key, it in variables.items()}
+        if tools:
+            variables["tools"] = self._defuse_all(list(tools), mark)
         resumed = messages[-1] if reply_follows and messages and messages[-1].role == "assistant" else None
         history = messages[:-1] if resumed else messages
         turns = [self._turn(message, preserve_thinking, mark, opened, closed) for message in history]
@@ -114,7 +117,7 @@ class ChatTemplate:
         return Prompt(tuple(filter(None, text.split(mark))), _thinking_state(text) if reply_follows else "closed")
 
     def _render(
-        self, turns: list[dict[str, str]], thinking: bool, reply_follows: bool, variables: Mapping[str, Any]
+        self, turns: list[dict[str, Any]], thinking: bool, reply_follows: bool, variables: Mapping[str, Any]
     ) -> str:
         import jinja2
 
@@ -150,7 +153,7 @@ class ChatTemplate:
             return _before_thoughts(text) + f"{OPEN}\n{reasoning}\n{CLOSE}\n\n{answer}"
         return _before_thoughts(text) + f"{OPEN}\n{reasoning}"
 
-    def _turn(self, message: Message, preserve: bool, mark: str, opened: str, closed: str) -> dict[str, str]:
+    def _turn(self, message: Message, preserve: bool, mark: str, opened: str, closed: str) -> dict[str, Any]:
         content = message.content
         if message.role == "assistant":
             answer = self._defuse(answer_of(message), mark)
@@ -158,18 +161,50 @@ class ChatTemplate:
             content = f"{opened}\n{reasoning}\n{closed}\n\n{answer}" if preserve and reasoning else answer
         else:
             content = self._defuse(content, mark)
-        turn = {"role": self._defuse(message.role, mark), "content": content}
-        return turn | {"name": self._defuse(message.name, mark)} if message.name else turn
+        turn: dict[str, Any] = {"role": self._defuse(message.role, mark), "content": content}
+        if message.name:
+            turn["name"] = self._defuse(message.name, mark)
+        if message.call_id:
+            turn["tool_call_id"] = self._defuse(message.call_id, mark)
+        if message.calls:
+            turn["tool_calls"] = [self._call(call, mark) for call in message.calls]
+            turn["content"] = content or self._no_content
+        return turn
+
+    @property
+    def _no_content(self) -> str | None:
+        """What a turn has that is nothing but calls; DeepSeek's templates know it by that."""
+        return None if self._calls_as_text else ""
+
+    @property
+    def _calls_as_text(self) -> bool:
+        return "<｜tool▁calls▁begin｜>" in (self.source or "")
+
+    def _call(self, call: ToolCall, mark: str) -> dict[str, Any]:
+        """A call as templates want it: the arguments as an object to be written down, or for DeepSeek's as text."""
+        arguments: Any = call.arguments if self._calls_as_text else json.loads(call.arguments)
+        function = {"name": call.name, "arguments": arguments}
+        return self._defuse_all({"id": call.id, "type": "function", "function": function}, mark)
+
+    def _defuse_all(self, value: Any, mark: str) -> Any:
+        """Every string in a JSON value, the keys too, without control tokens."""
+        if isinstance(value, str):
+            return self._defuse(value, mark)
+        if isinstance(value, Mapping):
+            return {self._defuse(str(key), mark): self._defuse_all(it, mark) for key, it in value.items()}
+        return [self._defuse_all(it, mark) for it in value] if isinstance(value, (list, tuple)) else value
 
     def _defuse(self, text: str, mark: str) -> str:
         """Cut every control token in a text in two, behind its first character; overlapping ones too."""
         starts = [found.start() + 1 for found in self._control.finditer(text)]
         return mark.join(text[a:b] for a, b in zip([0, *starts], [*starts, None], strict=True))
 
-    def _free_marks(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
+    def _free_marks(self, messages: Sequence[Message], variables: Mapping[str, Any], tools: Sequence[Any]) -> list[str]:
         """Three characters that the caller uses nowhere: a cut, and stand-ins for the two tags."""
         everything = "".join(f"{m.role}{m.content}{m.reasoning or ''}{m.name or ''}" for m in messages)
         everything += "".join(value for value in variables.values() if isinstance(value, str))
+        everything += "".join(f"{call.name}{call.arguments}{call.id}" for m in messages for call in m.calls)
+        everything += "".join(m.call_id or "" for m in messages) + json.dumps(list(tools), ensure_ascii=False)
         free = [character for character in _NONCHARACTERS if character not in everything][:3]
         if len(free) < 3:
             raise BadPrompt(

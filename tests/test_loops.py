@@ -115,7 +115,7 @@ ORDINARY = {
         for a, b in itertools.product(range(3, 13), range(4, 12))
     ),
     "orders that are tried": "".join(
-        f"What if they sit in the order {', '.join(order)}? Then {order[0]} is first. "
+        f"What if they sit in the order {', '.join(order)}? Then {order[0]} is first.\n"
         for order in itertools.permutations(["Anna", "Ben", "Cleo", "Dan"])
     ),
     "signs that are tried": "".join(

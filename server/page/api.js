@@ -1,6 +1,8 @@
 // The server, as the page sees it: models, replies as they come, the end of thoughts. Errors are its own sentences.
 
-let key = sessionStorage.getItem("stillhouse.key") ?? localStorage.getItem("stillhouse.key") ?? "";
+import { keep, recall } from "./store.js";
+
+let key = recall("key", "sessionStorage") ?? recall("key") ?? "";
 
 export class ApiError extends Error {
   constructor(message, status = 0, code = null) {
@@ -12,11 +14,10 @@ export class ApiError extends Error {
 
 export const hasKey = () => key !== "";
 
-export function useKey(text, keep) {
+export function useKey(text, isKept) {
   key = text.trim();
-  sessionStorage.setItem("stillhouse.key", key);
-  if (keep && key) localStorage.setItem("stillhouse.key", key);
-  else localStorage.removeItem("stillhouse.key");
+  keep("key", key, "sessionStorage");
+  keep("key", isKept && key ? key : null);
 }
 
 async function ask(path, options = {}) {

@@ -7,7 +7,7 @@ import { Run } from "./run.js";
 import { askForKey, drawEffort, lastSettings, wireKey, wireSettings, wireTheme } from "./settings.js";
 import { drawList } from "./sidebar.js";
 import * as store from "./store.js";
-import { QuestionView, ReplyView, fitHeight, number, sends } from "./view.js";
+import { QuestionView, ReplyView, fitHeight, isTouch, number, sends } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const EXAMPLES = [
@@ -41,7 +41,7 @@ const capital = (text) => text[0].toUpperCase() + text.slice(1);
 const model = () => served.find(({ id }) => id === $("model").value);
 
 function drawModels() {
-  const chosen = $("model").value || localStorage.getItem("stillhouse.model");
+  const chosen = $("model").value || store.recall("model");
   $("model").replaceChildren(...served.map(({ id }) => make("option", { value: id }, id)));
   $("model").value = served.some(({ id }) => id === chosen) ? chosen : served[0]?.id;
   drawModel();
@@ -217,8 +217,8 @@ const actions = {
   },
   goOn: (node) => run(node),
   copy,
-  isFolded: () => localStorage.getItem("stillhouse.folded") === "yes",
-  keepFolded: (folded) => localStorage.setItem("stillhouse.folded", folded ? "yes" : "no"),
+  isFolded: () => store.recall("folded") === "yes",
+  keepFolded: (folded) => store.keep("folded", folded ? "yes" : "no"),
 };
 
 async function idle(conversation) {
@@ -256,9 +256,12 @@ $("messages").onclick = (event) => {
 
 // Conversations
 
+/** A conversation, the very object while a reply is in the making. */
+const find = async (id) => runs.get(id)?.conversation ?? (await store.get(id).catch(() => null));
+
 async function open(id) {
   if (id === current.id && current.leaf) return;
-  const found = runs.get(id)?.conversation ?? (id && (await store.get(id).catch(() => null)));
+  const found = id && (await find(id));
   show(found || talk.create(lastSettings()));
   if (id && !found) history.replaceState(null, "", location.pathname);
 }
@@ -284,7 +287,7 @@ function startNew() {
 const listActions = {
   opened: closeList,
   async rename(id, title) {
-    const conversation = id === current.id ? current : await store.get(id);
+    const conversation = id === current.id ? current : await find(id);
     conversation.title = title;
     await save(conversation);
     if (conversation === current) document.title = `${title} · Stillhouse`;
@@ -306,11 +309,11 @@ const listActions = {
     });
   },
   async exportMarkdown(id) {
-    const conversation = await store.get(id);
+    const conversation = await find(id);
     download(talk.asMarkdown(conversation), "text/markdown", `${fileName(conversation.title)}.md`);
   },
   async exportJson(id) {
-    const conversation = await store.get(id);
+    const conversation = await find(id);
     download(talk.asJson([conversation]), "application/json", `${fileName(conversation.title)}.json`);
   },
 };
@@ -368,7 +371,7 @@ const narrow = matchMedia("(max-width: 760px)");
 
 function toggleList() {
   if (narrow.matches) document.body.classList.toggle("list-open");
-  else localStorage.setItem("stillhouse.list", document.body.classList.toggle("no-list") ? "no" : "yes");
+  else store.keep("list", document.body.classList.toggle("no-list") ? "no" : "yes");
   listToggled();
 }
 
@@ -392,6 +395,11 @@ function submit() {
   void ask(text);
 }
 
+function useExample(text) {
+  $("input").focus();
+  void ask(text);
+}
+
 function wire() {
   $("composer").onsubmit = (event) => {
     event.preventDefault();
@@ -410,12 +418,13 @@ function wire() {
     runs.get(current.id)?.stop();
     $("input").focus();
   };
+  if (isTouch.matches) $("input").enterKeyHint = "enter";
   $("answer-now").onclick = () => {
     $("input").focus();
     runs.get(current.id)?.answerNow().catch((error) => toast(error.message));
   };
   $("model").onchange = () => {
-    localStorage.setItem("stillhouse.model", $("model").value);
+    store.keep("model", $("model").value);
     drawModel();
   };
   $("new").onclick = startNew;
@@ -426,7 +435,7 @@ function wire() {
   $("file").onchange = () => void importFiles([...$("file").files]).then(() => ($("file").value = ""));
   $("export-all").onclick = async () => download(talk.asJson(await store.all()), "application/json", "stillhouse.json");
   $("examples").append(
-    ...EXAMPLES.map(([title, text]) => make("button", { type: "button", onclick: () => void ask(text) }, make("b", {}, title), make("small", {}, text))),
+    ...EXAMPLES.map(([title, text]) => make("button", { type: "button", onclick: () => useExample(text) }, make("b", {}, title), make("small", {}, text))),
   );
   document.addEventListener("keydown", (event) => {
     const isWriting = event.target.closest?.("input, textarea, select, dialog, [popover]");
@@ -455,7 +464,7 @@ function wire() {
 
 async function start() {
   wire();
-  if (localStorage.getItem("stillhouse.list") === "no") document.body.classList.add("no-list");
+  if (store.recall("list") === "no") document.body.classList.add("no-list");
   listToggled();
   await store.open();
   if (!store.isKept) toast("This browser keeps no data here: conversations are lost when the page is closed.");

@@ -22,7 +22,7 @@ export class Run {
     const { node } = this;
     const resumed = node.content || node.reasoning;
     const body = requestBody(this.conversation, resumed ? node.id : node.parent, this.model);
-    delete node.finish;
+    node.finish = "stopped"; // until it ends: so a page that is closed meanwhile leaves it
     delete node.error;
     node.stats = { ...this._before };
     this._start = performance.now();
@@ -35,12 +35,11 @@ export class Run {
         if (choice) this._take(choice);
       }
     } catch (error) {
-      if (error.name === "AbortError") node.finish = "stopped";
-      else if (typeof error.status === "number") {
-        this.error = error;
-        node.finish = "error";
-        node.error = error.message;
-      } else throw error;
+      if (error.name === "AbortError") return;
+      if (typeof error.status !== "number") throw error;
+      this.error = error;
+      node.finish = "error";
+      node.error = error.message;
     } finally {
       this._close(usage);
     }

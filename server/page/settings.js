@@ -3,6 +3,7 @@
 import { hasKey, useKey } from "./api.js";
 import { NUMBERS } from "./conversation.js";
 import { make } from "./render.js";
+import { keep, recall } from "./store.js";
 import { number } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
@@ -12,7 +13,7 @@ const THEMES = { "": "as the system", light: "light", dark: "dark" };
 /** What new conversations begin with: the settings that were used last. */
 export function lastSettings() {
   try {
-    return JSON.parse(localStorage.getItem("stillhouse.settings")) ?? {};
+    return JSON.parse(recall("settings")) ?? {};
   } catch {
     return {};
   }
@@ -20,14 +21,14 @@ export function lastSettings() {
 
 /** Wire the panel. `current()` is the conversation; `changed()` is called after each change of its settings. */
 export function wireSettings(current, changed) {
-  const keep = () => {
-    localStorage.setItem("stillhouse.settings", JSON.stringify(current().settings));
+  const take = () => {
+    keep("settings", JSON.stringify(current().settings));
     changed();
   };
   const set = (name, value) => {
     if (value === "" || value == null) delete current().settings[name];
     else current().settings[name] = value;
-    keep();
+    take();
   };
   $("s-system").oninput = (event) => set("system", event.target.value);
   for (const name of NUMBERS) {
@@ -44,7 +45,7 @@ export function wireSettings(current, changed) {
   };
   $("reset").onclick = () => {
     current().settings = {};
-    keep();
+    take();
     drawSettings(current().settings);
   };
   $("open-settings").onclick = () => {
@@ -112,7 +113,7 @@ export function wireTheme() {
   };
   $("theme").onclick = () => {
     theme = names[(names.indexOf(theme) + 1) % names.length];
-    localStorage.setItem("stillhouse.theme", theme);
+    keep("theme", theme);
     draw();
   };
   draw();

@@ -1,4 +1,4 @@
-// Conversations kept in this browser (IndexedDB); in memory only where the browser forbids it.
+// What is kept in this browser: conversations (IndexedDB) and small choices; in memory only where that is forbidden.
 
 const memory = new Map();
 let database = null;
@@ -9,6 +9,22 @@ const done = (request) =>
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
+
+/** A choice kept by name: until the tab is closed in `sessionStorage`, else in `localStorage`. */
+export function recall(name, place = "localStorage") {
+  try {
+    return globalThis[place].getItem(`stillhouse.${name}`);
+  } catch {
+    return null;
+  }
+}
+
+export function keep(name, value, place = "localStorage") {
+  try {
+    if (value === null) globalThis[place].removeItem(`stillhouse.${name}`);
+    else globalThis[place].setItem(`stillhouse.${name}`, value);
+  } catch {} // forbidden, or full: the choice holds as long as the page
+}
 
 export async function open() {
   try {

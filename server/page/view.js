@@ -160,14 +160,14 @@ export class ReplyView {
     else if (finish === "error") parts = [error, ...again, ...goOn];
     else if (finish === "length" && contextLength && stats.context >= contextLength) parts = [`Cut: the context of ${number(contextLength)} tokens is full.`];
     else if (finish === "length") parts = ["Cut at max_tokens.", ...goOn];
-    else if (finish === "stopped" || !finish && isLast && !node.content) parts = ["Stopped.", ...(goOn.length ? goOn : again)];
+    else if (finish === "stopped") parts = ["Stopped.", ...(goOn.length ? goOn : again)];
     this.notice.hidden = !parts;
     this.notice.classList.toggle("bad", finish === "error");
     if (parts) this.notice.replaceChildren(make("span", {}, parts[0]), ...parts.slice(1));
   }
 }
 
-const isTouch = matchMedia("(hover: none) and (pointer: coarse)");
+export const isTouch = matchMedia("(hover: none) and (pointer: coarse)");
 
 /** Whether a key press sends: Enter, but not within an input method, and not where a thumb writes. */
 export const sends = (event) =>

@@ -1,0 +1,91 @@
+"""What one `llama_decode` is given: whose tokens, and how many of them. Knows nothing of what they mean."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from typing import Protocol
+
+import llama_cpp as C
+import numpy as np
+
+from .kvcache import CachedSequence
+
+_STEP_S = 1.0  # a step that reads a prompt takes about so long at most
+_LEAST_CHUNK = 32  # tokens: smaller ones read a prompt much slower
+
+
+class Known(Protocol):
+    """A reply with tokens that are known and not yet decoded."""
+
+    sequence: CachedSequence | None
+    todo: array[int]
+
+
+class Batch:
+    """The `llama_batch` of a step, in arrays that are filled by slices."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.tokens = 0
+        self.entries: list[tuple[Known, int]] = []  # whose tokens, and how many
+        self.outputs: list[int] = []  # places in the batch whose logits are wanted
+        self._ids = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        self._counts = np.ones(size, np.int32)
+        first, step = self._sequences.ctypes.data, self._sequences.itemsize
+        self._pointers = (ctypes.POINTER(C.llama_seq_id) * size)(
+            *(ctypes.cast(first + i * step, ctypes.POINTER(C.llama_seq_id)) for i in range(size))
+        )
+        self.struct = C.llama_batch(
+            n_tokens=0,
+            token=self._ids.ctypes.data_as(ctypes.POINTER(C.llama_token)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(C.llama_pos)),
+            n_seq_id=self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._pointers,
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be added."""
+        return self.size - self.tokens
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.tokens, self.entries, self.outputs = 0, [], []
+
+    def add(self, reply: Known, count: int) -> None:
+        """Take the first `count` known tokens of a reply; the logits of the last are wanted if no more are known."""
+        assert reply.sequence is not None
+        start, end, position = self.tokens, self.tokens + count, reply.sequence.length
+        self._ids[start:end] = reply.todo[:count]
+        self._positions[start:end] = range(position, position + count)
+        self._sequences[start:end] = reply.sequence.id
+        self._wanted[start:end] = 0
+        if count == len(reply.todo):
+            self._wanted[end - 1] = 1
+            self.outputs.append(end - 1)
+        self.entries.append((reply, count))
+        self.tokens = self.struct.n_tokens = end
+
+
+class Pace:
+    """How many prompt tokens a step may carry, so that replies beside it don't stall and a cancellation is not late."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._token_s = _STEP_S / min(most, 256)  # measured as soon as a prompt has been read
+
+    def chunk(self, *, replying: bool) -> int:
+        """Prompt tokens for the next step; a third as long where replies wait for it."""
+        step_s = _STEP_S / 3 if replying else _STEP_S
+        return max(_LEAST_CHUNK, min(self._most, int(step_s / self._token_s)))
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Learn from a step; those of a few tokens tell nothing, they are as slow as one of many."""
+        if tokens >= _LEAST_CHUNK:
+            self._token_s += 0.3 * (seconds / tokens - self._token_s)
