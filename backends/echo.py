@@ -1,7 +1,7 @@
 """The smallest backend: no model, a byte a token, and a reply that follows a script. Tests and the tutorial use it.
 
-What a user says comes back, thoughts first where the prompt ends inside `<think>`. A user text that begins with
-`script:` is the reply itself, control tokens and all, so that a client can be tried against any output a model might
+What a user says comes back, thoughts first where the prompt ends inside `<think>`. A paragraph of it that begins with
+`script:` is, with all that follows, the reply itself, control tokens and all, so that a client can be tried against any output a model might
 give: `script:I think</think>\\n\\nfour<|end|>`.
 """
 
@@ -142,8 +142,9 @@ class Echo:
         end = _last(prompt_ids, control["<｜Assistant｜>"])
         asked = bytes(i for i in prompt_ids[start : end if end >= start else None] if i < 256)
         text = asked.decode(errors="replace")
-        if text.startswith("script:"):
-            return self.vocabulary.encode(text.removeprefix("script:"))
+        _, is_script, script = f"\n\n{text}".partition("\n\nscript:")
+        if is_script:
+            return self.vocabulary.encode(script)
         thinking = _last(prompt_ids, control["<think>"]) > _last(prompt_ids, control["</think>"])
         thought = "I am to say this again." if thinking else ""
         return self.vocabulary.encode(thought + ("</think>\n\n" if thinking else "")) + list(text.encode())

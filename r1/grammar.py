@@ -108,7 +108,8 @@ class Grammars:
             words = matcher.get_error()
             raise BadForm(_first_line(words), part_of(schema, words) if kind == "json_schema" else "")
         allowed = self._tokens.bits(but=self._tokens.special - marks - self._vocabulary.end_ids)
-        form = Form(matcher, self._tokens, allowed, self._least_tokens(kind, text, shortest))
+        names = {token_id: self._vocabulary.piece(token_id).decode(errors="replace") for token_id in marks}
+        form = Form(matcher, self._tokens, allowed, names, self._least_tokens(kind, text, shortest))
         first = form.start()
         first.mask()
         if first.is_broken:
@@ -134,6 +135,7 @@ class Form:
     pristine: Any  # llguidance's matcher, never moved
     tokens: _Tokens
     allowed: Bits  # all tokens but the control tokens that have no place in it
+    marks: dict[int, str]  # control tokens that have a place in it, and their text, which a reader is not shown
     least_tokens: int  # that a reply needs
 
     def start(self) -> Matcher:
@@ -346,7 +348,7 @@ def part_of(schema: Any, words: str) -> str:
     named = set(re.findall(r"[$\w-]+", words))
     places = [(path, value) for path, value in _walk(schema, ()) if path[-2:-1] not in (("properties",), ("$defs",))]
     for path, value in places:
-        if isinstance(value, str) and value and (value in named or (path[-1] == "pattern" and value in words)):
+        if isinstance(value, str) and value and (value in named or (path[-1] in ("pattern", "$ref") and value in words)):
             return ".".join(path)
     return next((".".join(path) for path, _ in places if path[-1] in named), "")
 

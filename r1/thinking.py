@@ -121,6 +121,7 @@ class Thinking:
     _looping: bool = field(init=False, default=False)
     _resume_at_end: bool = field(init=False, default=False)
     _newlines: int = field(init=False, default=0)  # tokens of these that may still come before the answer's form
+    _form_begun: bool = field(init=False, default=False)
     _told: Matcher | None = field(init=False, default=None)  # the same form, as far as stop strings let the text out
 
     def __post_init__(self) -> None:
@@ -201,7 +202,7 @@ class Thinking:
             return Note((), "reasoning"), None
         if self.grammar and was != "thinking":
             finish = self._follow_form(self.grammar, token_id, finish)
-            text = "" if self.grammar.is_broken else text
+            text = "" if self.grammar.is_broken else text or self.grammar.form.marks.get(token_id, "")
         self._inside_character = text == "" and finish is None and token_id not in self.tags.end_ids
         deltas = self._split(token_id, text)
         now = self._splitter.state
@@ -243,8 +244,8 @@ class Thinking:
         if self._newlines and token_id in grammar.form.tokens.newlines[0]:
             self._newlines -= 1
             return finish
-        if self._newlines or self._splitter.state == "undecided":
-            self._newlines = 0
+        if not self._form_begun:
+            self._form_begun, self._newlines = True, 0
             self._splitter.answer()
         grammar.take(token_id)
         if grammar.is_broken:

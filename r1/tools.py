@@ -204,9 +204,11 @@ def form_of_calls(
             f"lead: lead_text{token}",
             f"lead_text[lazy]: TEXT {json.dumps(form.trigger, ensure_ascii=False)}",
         ]
-    shortest = (form.call(tool.name, shortest_text(schema)) for tool, schema in zip(use.tools, schemas, strict=True))
+    # Where text will do, the thoughts need not make room for a call.
+    asked = zip(use.tools, schemas, strict=True) if use.must_call else ()
+    shortest = [form.call(tool.name, shortest_text(schema)) for tool, schema in asked]
     source, marks = "\n".join(rules), _control_in(form, control)
-    return grammars.compile("lark", source, marks=marks, shortest=form.opening + max(shortest, key=len) + form.closing)
+    return grammars.compile("lark", source, marks=marks, shortest=max(shortest, key=len, default=""))
 
 
 def _arguments_schema(tool: Tool, index: int, grammars: Grammars) -> str:

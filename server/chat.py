@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from ..backends.base import FinishReason
-from ..r1.messages import Channel
+from ..r1.messages import CallDelta, Channel, Message, ToolCall
 from ..r1.prompt import Prompt, answer_of
 from ..r1.split import State
 from ..r1.thinking import Outcome, Rules
+from ..r1.tools import told_in_prompt
 from .errors import ApiError
 from .model import ServedModel
 from .next_turn import read_ahead
 from .reply import Ask, Piece, Replies
 from .schema import ChatRequest
 from .stream import DONE
-from .surface import ask_for, check_model, form_of, logprob_json, usage_json
+from .surface import ask_for, check_calls, check_model, form_of, logprob_json, usage_json
 
 _STATES: dict[str, State] = {"open": "thinking", "closed": "answering", "unsaid": "undecided"}
 
@@ -26,9 +28,10 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
     """Render and encode a conversation. Slow for long ones: not for the event loop."""
     check_model(model, body.model)
     messages = [message.message() for message in body.messages]
+    check_calls(body)
     variables = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
-    prompt: Prompt = model.template.render(
-        messages, thinking=body.budget != 0, preserve_thinking=body.preserve_thinking, variables=variables
+    prompt = _prompt(
+        model, body, messages, thinking=body.budget != 0, preserve_thinking=body.preserve_thinking, variables=variables
     )
     resumed = messages[-1].role == "assistant"
     form = form_of(model, body)
@@ -55,7 +58,16 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
         ),
         form=form,
         begun=begun,
+        calls=model.call_format if body.tool_use else None,
     )
+
+
+def _prompt(model: ServedModel, body: ChatRequest, messages: Sequence[Message], **options: Any) -> Prompt:
+    """A conversation as the model reads it, the tools in the way it knows or else in words."""
+    use, form = body.tool_use, model.call_format
+    if form.name == "prompted":
+        return model.template.render(told_in_prompt(messages, use, form), **options)
+    return model.template.render(messages, tools=[tool.json for tool in use.tools] if use else (), **options)
 
 
 async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) -> dict[str, Any]:
@@ -70,10 +82,12 @@ async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) ->
         reasoning, answer = "".join(reply.texts["reasoning"]), "".join(reply.texts["answer"])
         told = shape.fields("reasoning", reasoning) if reasoning else {}
         content = told.pop("content", "") + answer
+        message = {"role": "assistant", "content": content if content or not (reasoning or reply.calls) else None}
+        calls = {"tool_calls": [_call_json(call) for call in reply.calls]} if reply.calls else {}
         choices.append(
             {
                 "index": index,
-                "message": {"role": "assistant", "content": content if content or not reasoning else None} | told,
+                "message": message | told | calls,
                 "logprobs": _logprobs(reply.logprobs) if any(reply.logprobs.values()) else None,
                 "finish_reason": reply.finish,
                 "reasoning_closed_by": reply.outcome.closed_by,
@@ -156,6 +170,9 @@ class _Shape:
                 if logs:  # told once, with the first delta of its token
                     choice["logprobs"], logs = logs, None
                 events.append(self.event(choice))
+        if piece.calls:
+            delta = {"tool_calls": [_call_delta_json(call) for call in piece.calls]}
+            events.append(self.event({"index": piece.choice, "delta": delta, "finish_reason": None}))
         if piece.finish or logs:
             choice = {"index": piece.choice, "delta": {}, "finish_reason": piece.finish}
             if logs:
@@ -172,7 +189,8 @@ class _Gathered:
     def __init__(self) -> None:
         self.texts: dict[Channel, list[str]] = {"reasoning": [], "answer": []}
         self.logprobs: dict[Channel, list[dict[str, Any]]] = {"reasoning": [], "answer": []}
-        self.finish: FinishReason | None = None
+        self.calls: list[ToolCall] = []
+        self.finish: FinishReason | Literal["tool_calls"] | None = None
         self.outcome: Outcome | None = None
 
     def add(self, piece: Piece, model: ServedModel | None) -> None:
@@ -181,6 +199,10 @@ class _Gathered:
             self.texts[delta.channel].append(delta.text)
         if piece.logprob and model:
             self.logprobs[piece.channel].append(logprob_json(model, piece.logprob))
+        for call in piece.calls:
+            if call.name is not None:
+                self.calls.append(ToolCall(call.id or "", call.name, ""))
+            self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + call.arguments)
         self.finish, self.outcome = piece.finish, piece.outcome
 
 
@@ -189,9 +211,24 @@ def _read_ahead(model: ServedModel, body: ChatRequest, replies: Replies, reply: 
     thought = reply.outcome is not None and reply.outcome.reasoning_tokens > 0
     if not thought or body.preserve_thinking or body.reasoning_format == "inline":
         return
+    if reply.calls and reply.finish == "length":
+        return  # cut inside a call, perhaps
     messages = [message.message() for message in body.messages]
     if messages[-1].role != "assistant":  # resumed: what the client will send back is its own affair
-        read_ahead(model, messages, "".join(reply.texts["answer"]), replies.id)
+        messages.append(Message("assistant", "".join(reply.texts["answer"]), calls=tuple(reply.calls)))
+        read_ahead(model, lambda: _prompt(model, body, messages, reply_follows=False), replies.id)
+
+
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta_json(call: CallDelta) -> dict[str, Any]:
+    """A piece of a call: the first has its name, as OpenAI's clients expect."""
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _logprobs(logs: dict[Channel, list[dict[str, Any]]]) -> dict[str, Any]:

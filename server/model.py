@@ -13,6 +13,7 @@ from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
+from ..r1.tools import Format, format_of
 
 ECHO = "echo"
 _ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
@@ -41,6 +42,11 @@ class ServedModel:
     def context_length(self) -> int:
         """Tokens, prompt and reply together."""
         return self.engine.backend.context_length
+
+    @property
+    def call_format(self) -> Format:
+        """How it writes tool calls."""
+        return format_of(self.template.source)
 
     def answers_to(self, name: str | None) -> bool:
         """Whether a request for this name is for this model; no name is any model."""

@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from ..backends.base import GenerationRequest
 from ..r1.errors import BadPrompt
-from ..r1.messages import Message
+from ..r1.prompt import Prompt
 from .model import ServedModel
 
 log = logging.getLogger("stillhouse")
 
 
-def read_ahead(model: ServedModel, messages: Sequence[Message], answer: str, reply_id: str) -> None:
-    """Have the conversation and its answer read into the KV cache. Returns at once; nobody waits for it.
+def read_ahead(model: ServedModel, render: Callable[[], Prompt], reply_id: str) -> None:
+    """Have what `render` gives, the conversation and its answer, read into the KV cache. Returns at once; nobody waits for it.
 
     Not a task of the request's: clients hang up at `[DONE]`, and what hangs on the request ends with it.
     """
-    asyncio.get_running_loop().run_in_executor(None, _read, model, messages, answer, reply_id)
+    asyncio.get_running_loop().run_in_executor(None, _read, model, render, reply_id)
 
 
-def _read(model: ServedModel, messages: Sequence[Message], answer: str, reply_id: str) -> None:
+def _read(model: ServedModel, render: Callable[[], Prompt], reply_id: str) -> None:
     try:
-        prompt = model.template.render([*messages, Message("assistant", answer)], reply_follows=False)
-        prompt_ids = prompt.encode(model.vocabulary.encode, model.vocabulary.bos_id)
+        prompt_ids = render().encode(model.vocabulary.encode, model.vocabulary.bos_id)
         if len(prompt_ids) < model.context_length:
             model.engine.read(GenerationRequest(f"{reply_id}-next", prompt_ids, max_tokens=0, idle=True))
     except BadPrompt:

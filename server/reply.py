@@ -11,13 +11,14 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..backends.base import FinishReason, Force, GenerationRequest, Only, PromptTooLong, Sampling, Token
 from ..r1.grammar import Form, Matcher
-from ..r1.messages import Channel, Delta
+from ..r1.messages import CallDelta, Channel, Delta
 from ..r1.split import State
 from ..r1.thinking import Outcome, Rules, Thinking
+from ..r1.tools import CallParser, Format
 from .metrics import Metrics
 from .model import ServedModel
 
@@ -36,6 +37,7 @@ class Ask:
     ignore_eos: bool = False
     form: Form | None = None  # that the answers are held to
     begun: str = ""  # what there is of the answer already, of a form's text
+    calls: Format | None = None  # how tool calls are written, where the form has them
 
 
 class LogProb(NamedTuple):
@@ -53,8 +55,9 @@ class Piece(NamedTuple):
     deltas: Sequence[Delta]
     channel: Channel
     logprob: LogProb | None
-    finish: FinishReason | None
+    finish: FinishReason | Literal["tool_calls"] | None
     outcome: Outcome | None
+    calls: Sequence[CallDelta] = ()  # after the text
 
 
 @dataclass(slots=True)
@@ -83,6 +86,7 @@ class Replies:
             Thinking(model.tags, ask.rules, room, ask.state, force=Force, only=Only, grammar=_begin(ask))
             for _ in range(ask.n)
         ]
+        self._parsers = [_parser(ask) for _ in range(ask.n)]
         self._model = model
         self._metrics = metrics
         self._requests = [
@@ -126,7 +130,12 @@ class Replies:
         if outcome:
             usage.reasoning_tokens += outcome.reasoning_tokens
         logprob = None if token.logprob is None else LogProb(token.token_id, token.logprob, token.top_logprobs)
-        return Piece(choice, deltas, channel, logprob, token.finish, outcome)
+        parser = self._parsers[choice]
+        if parser is None:
+            return Piece(choice, deltas, channel, logprob, token.finish, outcome)
+        deltas, calls = _read_calls(parser, deltas, ending=token.finish is not None)
+        finish = "tool_calls" if token.finish == "stop" and parser.whole else token.finish
+        return Piece(choice, deltas, channel, logprob, finish, outcome, calls)
 
 
 def _begin(ask: Ask) -> Matcher | None:
@@ -135,6 +144,31 @@ def _begin(ask: Ask) -> Matcher | None:
     matcher = ask.form.start()
     matcher.take_text(ask.begun)
     return matcher
+
+
+def _parser(ask: Ask) -> CallParser | None:
+    if ask.calls is None:
+        return None
+    parser = CallParser(ask.calls)
+    parser.add(ask.begun)
+    return parser
+
+
+def _read_calls(
+    parser: CallParser, deltas: Sequence[Delta], *, ending: bool
+) -> tuple[list[Delta], list[CallDelta]]:
+    """Take the calls out of the answer's deltas. What looks like one in the thoughts is a thought."""
+    texts: list[Delta] = []
+    calls: list[CallDelta] = []
+    for delta in deltas:
+        if delta.channel == "answer":
+            said, pieces = parser.add(delta.text)
+            calls += pieces
+            delta = Delta("answer", said)
+        texts += [delta] if delta.text else []
+    if ending and (held := parser.finish()):
+        texts.append(Delta("answer", held))
+    return texts, calls
 
 
 def _own_seed(sampling: Sampling, index: int) -> Sampling:

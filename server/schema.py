@@ -1,6 +1,6 @@
 """What a request may say: OpenAI's fields, ours, and their limits. Unknown fields are accepted and ignored.
 
-Fields that we know and cannot honour are refused by name: a client that asks for a tool call must not get prose.
+Fields that we know and cannot honour are refused by name: a client that asks for audio must not get prose.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..r1.grammar import ANY_OBJECT, Kind
-from ..r1.messages import Message
+from ..r1.messages import Message, ToolCall
+from ..r1.tools import Tool, ToolUse
 
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -29,6 +30,35 @@ class TextPart(_Fields):
     text: str | None = None
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class CalledFunction(_Fields):
+    """`tool_calls[].function` of an earlier turn."""
+
+    name: Name
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _an_object(cls, arguments: str) -> str:
+        try:
+            is_object = isinstance(json.loads(arguments or "{}"), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("a call's arguments are a JSON object, written as a string")
+        return arguments or "{}"
+
+
+class MadeCall(_Fields):
+    """`tool_calls[]` of an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Fields):
     """One message as clients send it."""
 
@@ -37,6 +67,8 @@ class ChatMessage(_Fields):
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content")
     @classmethod
@@ -52,7 +84,9 @@ class ChatMessage(_Fields):
         """As the floors below know it."""
         content = self.content if isinstance(self.content, str) else "".join(p.text or "" for p in self.content or ())
         thoughts = self.reasoning_content if self.reasoning_content is not None else self.reasoning
-        return Message("system" if self.role == "developer" else self.role, content, thoughts, self.name)
+        calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in self.tool_calls or ())
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, content, thoughts, self.name, calls, self.tool_call_id)
 
 
 class StreamOptions(_Fields):
@@ -255,23 +289,104 @@ class ReasoningFields(_Fields):
 _EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
-class ChatRequest(SamplingFields, ReasoningFields, FormFields):
+class FunctionTool(_Fields):
+    """`tools[].function`. Arguments are kept to its schema whether `strict` or not."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolField(_Fields):
+    """`tools[]`."""
+
+    type: str
+    function: FunctionTool | None = None
+
+    @model_validator(mode="after")
+    def _a_function(self) -> ToolField:
+        if self.type != "function" or self.function is None:
+            raise ValueError("a tool is of type 'function' and has a field 'function'; there is no other kind here")
+        return self
+
+
+class ToolFields(_Fields):
+    """What a request says of tools."""
+
+    tools: Annotated[list[ToolField], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _choice_can_be_made(self) -> ToolFields:
+        names = self._names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools: {twice!r} is there twice; every function has a name of its own")
+        choice = self._choice
+        if choice is None:
+            raise ValueError(
+                "tool_choice: say 'auto', 'none', 'required', or "
+                '{"type": "function", "function": {"name": …}} for one of the tools'
+            )
+        if choice not in ("auto", "none") and not names:
+            raise ValueError("tool_choice: there are no tools to choose from; send tools, or leave it out")
+        if isinstance(self.tool_choice, dict) and choice not in names:
+            raise ValueError(f"tool_choice: there is no tool {choice[:64]!r}; there is {', '.join(names)[:200]}")
+        return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """The tools that may be called now, if any."""
+        named, choice = isinstance(self.tool_choice, dict), self._choice
+        functions = [tool.function for tool in self.tools or () if tool.function]
+        chosen = [f for f in functions if not named or f.name == choice]
+        if not chosen or (choice == "none" and not named):
+            return None
+        tools = tuple(Tool(f.name, f.description, f.parameters) for f in chosen)
+        return ToolUse(tools, named or choice == "required", self.parallel_tool_calls is not False)
+
+    def place_of(self, tool: Tool) -> int:
+        """Where in `tools` it stands."""
+        return self._names.index(tool.name)
+
+    @property
+    def _names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools or () if tool.function]
+
+    @property
+    def _choice(self) -> str | None:
+        """`auto`, `none`, `required`, or the name of a tool; `None` where it can't be understood."""
+        match self.tool_choice:
+            case None:
+                return "auto"
+            case "auto" | "none" | "required":
+                return self.tool_choice
+            case {"type": "function", "function": {"name": str(name)}}:
+                return name
+            case _:
+                return None
+
+
+class ChatRequest(SamplingFields, ReasoningFields, FormFields, ToolFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> ChatRequest:
-        for field in ("tools", "functions", "audio"):
+        for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
             if getattr(self, field):
-                raise ValueError(f"{field}: not served; leave it out")
+                raise ValueError(f"{field}: not served; say {instead}, its successor")
+        if self.audio:
+            raise ValueError("audio: not served; leave it out")
         if self.modalities not in (None, ["text"]):
             raise ValueError("modalities: this model writes text only")
         if self.top_logprobs is not None and not self.logprobs:

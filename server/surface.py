@@ -9,10 +9,11 @@ from ..backends.base import PromptTooLong, Sampling
 from ..r1.grammar import BadForm, Form
 from ..r1.split import State
 from ..r1.thinking import Rules
+from ..r1.tools import BadTool, Format, form_of_calls
 from .errors import ApiError
 from .model import ServedModel
 from .reply import Ask, LogProb, Usage
-from .schema import FormFields, SamplingFields
+from .schema import ChatRequest, SamplingFields
 
 
 def check_model(model: ServedModel, name: str | None) -> None:
@@ -37,6 +38,7 @@ def ask_for(
     rules: Rules,
     form: Form | None = None,
     begun: str = "",
+    calls: Format | None = None,
 ) -> Ask:
     """Put a request together for the engine. Raises where its prompt or its numbers cannot be."""
     if not prompt_ids:
@@ -54,19 +56,49 @@ def ask_for(
         ignore_eos=body.ignore_eos,
         form=form,
         begun=begun,
+        calls=calls,
     )
 
 
-def form_of(model: ServedModel, body: FormFields) -> Form | None:
+def check_calls(body: ChatRequest) -> None:
+    """Refuse results of calls that nobody made."""
+    made: set[str] = set()
+    for index, message in enumerate(body.messages):
+        made.update(call.id for call in message.tool_calls or ())
+        param, words = f"messages.{index}.tool_call_id", ""
+        if message.tool_calls and message.role != "assistant":
+            param, words = f"messages.{index}.tool_calls", ": only an assistant's turn makes calls"
+        elif message.role == "tool" and message.tool_call_id is None:
+            words = " is required: it tells whose result this is"
+        elif message.role == "tool" and message.tool_call_id not in made:
+            words = f": no assistant's turn before it has a call with the id {message.tool_call_id!r}"
+        if words:
+            raise ApiError(400, param + words, param=param, code="invalid_value")
+
+
+def form_of(model: ServedModel, body: ChatRequest) -> Form | None:
     """The form that a request wants its answers in, compiled. Raises 400 and names the part that can't be kept."""
-    asked = body.form
-    if asked is None:
-        return None
+    asked, use = body.form, body.tool_use
+    if asked and use and not use.must_call and asked.kind != "json_schema":
+        raise ApiError(400, f"{asked.param}: can't be kept beside tools; a JSON schema can", param=asked.param)
     try:
-        return model.grammars.compile(asked.kind, asked.text)
+        form = model.grammars.compile(asked.kind, asked.text) if asked else None
     except BadForm as error:
-        param = f"{asked.param}.{error.part}" if error.part else asked.param
-        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from None
+        raise _bad_form(asked.param if asked else "", error.part, error) from None
+    if use is None:
+        return form
+    schema = asked.text if asked else None
+    try:
+        return form_of_calls(use, model.call_format, model.grammars, model.vocabulary.control, schema)
+    except BadTool as error:
+        raise _bad_form(f"tools.{body.place_of(use.tools[error.index])}.function.parameters", error.part, error) from None
+    except BadForm as error:
+        raise _bad_form("tools", "", error) from None
+
+
+def _bad_form(param: str, part: str, error: Exception) -> ApiError:
+    param = f"{param}.{part}" if part else param
+    return ApiError(400, f"{param}: {error}", param=param, code="invalid_value")
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -63,10 +63,10 @@ def test_ours_says_that_it_lives_while_a_request_waits(echo):
 
 @pytest.mark.slow
 def test_a_model_without_thoughts_is_asked_only_what_concerns_it():
-    with Process("--context", "2048", model="smollm2") as server:
+    with Process("--context", "2048", model="smollm2:135m") as server:
         found = verdicts(server.url, set(CASES) - {SIGN_OF_LIFE})
-    assert {number for number, verdict in found.items() if verdict == "pass"} == {39, 40}
-    assert {number for number, verdict in found.items() if verdict == "fail"} == {27}
+    assert {number for number, verdict in found.items() if verdict == "pass"} == {27, 39, 40}
+    assert {number for number, verdict in found.items() if verdict == "fail"} == set()
 
 
 class Leaky(BaseHTTPRequestHandler):

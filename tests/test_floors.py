@@ -33,6 +33,7 @@ HEAVY: dict[str, tuple[str, ...]] = {  # top-level module -> where it may be imp
     "mlx_lm": ("backends/mlxlm*.py", "quantize/mlxlm*.py"),
     "transformers": (),
     "huggingface_hub": (),
+    "llguidance": (),
     "jinja2": (),
     "fastapi": WEB,
     "starlette": WEB,

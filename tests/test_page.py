@@ -603,6 +603,35 @@ def test_a_key_is_asked_for_where_one_is_wanted(browser, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_server_that_goes_away_is_told_and_what_came_is_kept(browser):
+    with fixtures.Process(step_s=0.02) as process:
+        reader = Reader(browser, process.url)
+        reader.type(f"script:hm</think>\n\n{THOUGHTS}")
+        reader.until("document.querySelector('.answer')?.innerText.length > 10")
+        process.end()
+        reader.done()
+        assert reader.page.locator(".notice.bad span").inner_text() == "the connection to the server was lost"
+        assert reader.answer().startswith("Of 0 I")
+        reader.until("document.querySelector('#banner').innerText === 'the server does not answer'")
+        assert [text for text in reader.complaints if "ERR_" not in text] == []
+        reader.context.close()
+
+
+@pytest.mark.slow
+def test_a_reply_goes_on_while_another_conversation_is_shown(reader):
+    page = reader.page
+    reader.type(f"script:hm</think>\n\n{THOUGHTS[:600]}")
+    reader.until("document.querySelector('.answer')?.innerText.length > 10")
+    page.locator("#new").click()
+    reader.ask("something else")
+    assert reader.answer() == "something else"
+    page.locator(".entry a").last.click()
+    page.get_by_text("script:hm").first.wait_for()
+    reader.done()
+    assert reader.answer() == THOUGHTS[:600].strip()
+
+
+@pytest.mark.slow
 def test_everything_can_be_done_with_the_keyboard(reader):
     page = reader.page
     assert reader.focus() == "input"

@@ -62,12 +62,14 @@ def the_cache_of_the_next_turn(target: Target) -> str:
     target.need_thinking()
     if target.is_scripted:
         raise NotApplicable("the scripted backend keeps no KV cache")
-    question, follow_up = "Tell me about the sea. " * 6, "And what about the mountains?"
+    # A question never asked before: what an earlier run left in the cache must not count.
+    question = f"It is {time.time_ns()}. " + "Tell me about the sea. " * 6
+    follow_up = "And what about the mountains?"
     fields = target.setting("budget", 12) if target.budget_works else None
     first = target.ask(question, max_tokens=96, **(fields or {}))
     if not first.content and fields is None:
-        first = target.client.chat(target.steered(TWO, CLOSE, max_tokens=64))
-        question = "Please begin."
+        steering = target.steered(TWO, CLOSE, max_tokens=64)
+        first = target.client.chat(steering | {"messages": [{"role": "user", "content": question}]})
     answer = first.content
     if len(answer) < 40:
         raise NotApplicable(f"no answer long enough to be found again: {first.shown()}")

@@ -1,6 +1,6 @@
 // The page: which conversation is shown, which replies are in the making, and what each button does.
 
-import { ApiError, models } from "./api.js";
+import { models } from "./api.js";
 import * as talk from "./conversation.js";
 import { atFrameRate, icon, make } from "./render.js";
 import { Run } from "./run.js";
@@ -25,7 +25,9 @@ const tabs = new BroadcastChannel("stillhouse");
 
 // Models
 
+let loadAgain = 0;
 async function loadModels() {
+  clearTimeout(loadAgain);
   try {
     served = await models();
     banner(null);
@@ -33,7 +35,7 @@ async function loadModels() {
   } catch (error) {
     if (error.status === 401) return askForKey(`${capital(error.message.split(";")[0])}.`);
     banner(error.message);
-    if (error.status === 0 || error.status === 503) setTimeout(loadModels, 2500);
+    if (error.status === 0 || error.status === 503) loadAgain = setTimeout(loadModels, 2500);
   }
 }
 
@@ -158,7 +160,7 @@ async function run(node) {
   runs.set(conversation.id, reply);
   stick = true;
   if (location.hash.slice(1) !== conversation.id) history.pushState(null, "", `#${conversation.id}`);
-  const saving = setInterval(() => save(conversation), SAVE_EVERY_MS);
+  const saving = setInterval(() => save(conversation, false), SAVE_EVERY_MS);
   const clock = setInterval(drawRunning, 500); // the seconds of its thoughts go on between two tokens
   const work = reply.start();
   drawConversation();
@@ -183,9 +185,9 @@ async function run(node) {
   else if (reply.error) void loadModels(); // it may be another one by now
 }
 
-async function save(conversation) {
+async function save(conversation, isTold = true) {
   await store.put(structuredClone(conversation)).catch((error) => toast(`this conversation could not be kept: ${error.message}`));
-  tabs.postMessage(conversation.id);
+  if (isTold) tabs.postMessage(conversation.id);
 }
 
 // What the buttons of a message do
@@ -453,7 +455,7 @@ function wire() {
   addEventListener("pagehide", () => runs.has(current.id) && void save(current));
   tabs.onmessage = async ({ data: id }) => {
     await drawHeads();
-    if (id !== current.id || runs.has(id)) return;
+    if (id !== current.id || runs.has(id) || document.querySelector(".editor")) return;
     const conversation = await store.get(id);
     if (conversation) show(conversation);
   };
