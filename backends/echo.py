@@ -1,8 +1,8 @@
 """The smallest backend: no model, a byte a token, and a reply that follows a script. Tests and the tutorial use it.
 
 What a user says comes back, thoughts first where the prompt ends inside `<think>`. A paragraph of it that begins with
-`script:` is, with all that follows, the reply itself, control tokens and all, so that a client can be tried against any output a model might
-give: `script:I think</think>\\n\\nfour<|end|>`.
+`script:` is, with all that follows, the reply itself, control tokens and all, so that a client can be tried against any
+output a model might give: `script:I think</think>\\n\\nfour<|end|>`.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class LlamaCpp:
             logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
-            token_id = reply.sampler.sample(self._context, self._batch.outputs[row])
+            token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits)
             token = draft.take(token_id, logprobs)
             if token:
                 tokens.append(token)

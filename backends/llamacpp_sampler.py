@@ -1,4 +1,9 @@
-"""One sampler chain of llama.cpp per request, in the order that `sampling.py` lays down."""
+"""One sampler chain of llama.cpp per request, in the order that `sampling.py` lays down.
+
+A chain costs by the candidate: over a whole vocabulary, its softmax and sorting take longer than all else that a token
+costs outside `llama_decode`. So the likeliest tokens are shortlisted first where that is exact: the likeliest of all
+for a temperature of 0, the nucleus for top-p.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,21 @@ import ctypes
 from collections.abc import Sequence
 
 import llama_cpp as C
+import numpy as np
+from numpy.typing import NDArray
 
 from .base import GenerationRequest
 from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import seed32
 
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run on across these
 
 
 class LlamaSampler:
     """Draws the tokens of one reply, in C."""
 
-    __slots__ = ("_chain",)
+    __slots__ = ("_biased", "_biases", "_chain", "_temperature", "_top_p")
 
     def __init__(self, vocabulary: LlamaVocabulary, request: GenerationRequest) -> None:
         self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
@@ -25,9 +33,8 @@ class LlamaSampler:
         biases = dict(sampling.logit_bias)
         if request.ignore_eos:
             biases.update(dict.fromkeys(vocabulary.end_ids, float("-inf")))
-        if biases:
-            array = (C.llama_logit_bias * len(biases))(*((token, bias) for token, bias in biases.items()))
-            self._add(C.llama_sampler_init_logit_bias(vocabulary.size, len(biases), array))
+        self._biased = np.array(list(biases), np.intp)
+        self._biases = np.array(list(biases.values()), np.float32)
         last_n = sampling.penalty_last_n
         if sampling.repetition_penalty != 1 and last_n:
             factor = C.llama_sampler_init_penalties(vocabulary.size, last_n, sampling.repetition_penalty, 0.0, 0.0)
@@ -47,6 +54,10 @@ class LlamaSampler:
                 len(_DRY_BREAKERS),
             )
             self._add(dry, request.prompt_ids[-sampling.dry_penalty_last_n :])
+        # Penalties change logits inside the chain: nothing can be shortlisted before them.
+        plain = C.llama_sampler_chain_n(self._chain) == 0 and sampling.top_k <= 0 and sampling.typical_p >= 1
+        self._temperature = sampling.temperature
+        self._top_p = sampling.top_p if plain and (sampling.top_p < 1 or sampling.temperature <= 0) else None
         if sampling.temperature <= 0:
             self._add(C.llama_sampler_init_greedy())
             return
@@ -56,7 +67,7 @@ class LlamaSampler:
             self._add(C.llama_sampler_init_top_k(sampling.top_k))
         if sampling.typical_p < 1:
             self._add(C.llama_sampler_init_typical(sampling.typical_p, 1))
-        if sampling.top_p < 1:
+        if sampling.top_p < 1 and self._top_p is None:
             self._add(C.llama_sampler_init_top_p(sampling.top_p, 1))
         if sampling.min_p > 0:
             self._add(C.llama_sampler_init_min_p(sampling.min_p, 1))
@@ -64,9 +75,24 @@ class LlamaSampler:
             self._add(C.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, seed))
         self._add(C.llama_sampler_init_dist(seed))
 
-    def sample(self, context: C.llama_context_p, place: int) -> int:
-        """Draw from the logits of one place in the batch, and remember the token."""
-        return C.llama_sampler_sample(self._chain, context, place)
+    def sample(self, context: C.llama_context_p, place: int, logits: NDArray[np.float32]) -> int:
+        """Draw from the logits of one place in the batch, and remember the token.
+
+        `logits`, (vocabulary,), is llama.cpp's own row of that place: biases are added to it where it lies.
+        """
+        if self._biased.size:
+            logits[self._biased] += self._biases
+        if self._top_p is None:
+            return C.llama_sampler_sample(self._chain, context, place)
+        ids = shortlist(logits, self._temperature, self._top_p)
+        candidates = np.empty(ids.size, _CANDIDATE)
+        candidates["id"], candidates["logit"] = ids, logits[ids]
+        data = candidates.ctypes.data_as(C.llama_token_data_p)
+        array = C.llama_token_data_array(data=data, size=ids.size, selected=-1, sorted=False)
+        C.llama_sampler_apply(self._chain, ctypes.byref(array))
+        token_id = array.data[array.selected].id
+        C.llama_sampler_accept(self._chain, token_id)
+        return token_id
 
     def accept(self, token_id: int) -> None:
         """Remember a token that was not drawn."""
@@ -80,3 +106,19 @@ class LlamaSampler:
         for token_id in past_ids:
             C.llama_sampler_accept(sampler, token_id)
         C.llama_sampler_chain_add(self._chain, sampler)
+
+
+def shortlist(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
+    """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
+    if temperature <= 0:
+        return logits.argmax(keepdims=True)
+    weights = np.exp((logits - logits.max()) * np.float32(1 / temperature))
+    mass = top_p * weights.sum()
+    for least in (1e-4, 1e-7, 0.0):  # sort as few as possible: those above mostly hold the mass
+        ids = np.flatnonzero(weights >= least)
+        chosen = weights[ids]
+        if chosen.sum() >= mass:
+            break
+    order = np.argsort(-chosen, kind="stable")
+    count = int(np.searchsorted(np.cumsum(chosen[order]), mass)) + 1
+    return ids[order[:count]]

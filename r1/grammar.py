@@ -308,7 +308,7 @@ def read_schema(text: str) -> dict[str, Any]:
     if schema is True:
         return {}
     if not isinstance(schema, dict):
-        raise BadForm("a schema is an object, such as {\"type\": \"object\"}")
+        raise BadForm('a schema is an object, such as {"type": "object"}')
     return _plain(schema, (), '"allOf"' not in text)
 
 
@@ -348,7 +348,11 @@ def part_of(schema: Any, words: str) -> str:
     named = set(re.findall(r"[$\w-]+", words))
     places = [(path, value) for path, value in _walk(schema, ()) if path[-2:-1] not in (("properties",), ("$defs",))]
     for path, value in places:
-        if isinstance(value, str) and value and (value in named or (path[-1] in ("pattern", "$ref") and value in words)):
+        if (
+            isinstance(value, str)
+            and value
+            and (value in named or (path[-1] in ("pattern", "$ref") and value in words))
+        ):
             return ".".join(path)
     return next((".".join(path) for path, _ in places if path[-1] in named), "")
 

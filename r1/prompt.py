@@ -100,7 +100,8 @@ class ChatTemplate:
         """Render a conversation up to where the model's reply begins, or without `reply_follows`, its end.
 
         A last message of the assistant is one to go on with, in its thoughts or in its answer. Thoughts in earlier
-        turns are left out unless `preserve_thinking`. `tools` are for a template that knows them. Raises `BadPrompt` with the template's own words.
+        turns are left out unless `preserve_thinking`. `tools` are for a template that knows them. Raises `BadPrompt`
+        with the template's own words.
         """
         variables = variables or {}
         mark, opened, closed = self._free_marks(messages, variables, tools)

@@ -1,8 +1,9 @@
 """One state machine a request: what it thinks, what it answers, in what form, and when thinking has to end.
 
 It is the request's steer (see `backends/base.py`; it fits that protocol without importing it) and runs in the engine's
-thread: budget, reserve, forced `</think>`, minimum thinking, loop breaker, stop strings, the split and the form of the answer
-are all here, the same for every backend. Knows nothing of JSON, of the runtime, or of how the prompt was written.
+thread: budget, reserve, forced `</think>`, minimum thinking, loop breaker, stop strings, the split and the form of the
+answer are all here, the same for every backend. Knows nothing of JSON, of the runtime, or of how the prompt was
+written.
 """
 
 from __future__ import annotations

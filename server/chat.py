@@ -37,7 +37,9 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
     form = form_of(model, body)
     begun = answer_of(messages[-1]) if form and resumed else ""
     if form and begun and not form.start().take_text(begun):
-        raise ApiError(400, "messages: the last one begins an answer that is not of the form asked for", param="messages")
+        raise ApiError(
+            400, "messages: the last one begins an answer that is not of the form asked for", param="messages"
+        )
     return ask_for(
         model,
         body,

@@ -57,8 +57,7 @@ def _serve(argv: list[str]) -> int:
         print(
             f"{model.name} ({model.source}) on {backend.name}: {model.context_length} tokens of context, "
             f"{options.parallel} replies at once, {size} tokens of KV cache\n"
-            f"ready: {url}/v1    try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"""-d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'""",
+            f"ready: {url}/v1 for OpenAI clients; {url}/ in a browser",
             file=sys.stderr,
             flush=True,
         )

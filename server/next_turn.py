@@ -19,9 +19,10 @@ log = logging.getLogger("stillhouse")
 
 
 def read_ahead(model: ServedModel, render: Callable[[], Prompt], reply_id: str) -> None:
-    """Have what `render` gives, the conversation and its answer, read into the KV cache. Returns at once; nobody waits for it.
+    """Have a conversation and its answer, as `render` gives them, read into the KV cache. Returns at once.
 
-    Not a task of the request's: clients hang up at `[DONE]`, and what hangs on the request ends with it.
+    Nobody waits for it. It is no task of the request's: clients hang up at `[DONE]`, and what hangs on the request ends
+    with it.
     """
     asyncio.get_running_loop().run_in_executor(None, _read, model, render, reply_id)
 

@@ -154,9 +154,7 @@ def _parser(ask: Ask) -> CallParser | None:
     return parser
 
 
-def _read_calls(
-    parser: CallParser, deltas: Sequence[Delta], *, ending: bool
-) -> tuple[list[Delta], list[CallDelta]]:
+def _read_calls(parser: CallParser, deltas: Sequence[Delta], *, ending: bool) -> tuple[list[Delta], list[CallDelta]]:
     """Take the calls out of the answer's deltas. What looks like one in the thoughts is a thought."""
     texts: list[Delta] = []
     calls: list[CallDelta] = []

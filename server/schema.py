@@ -95,12 +95,15 @@ class StreamOptions(_Fields):
     include_usage: bool = False
 
 
+AnySchema = dict[str, Any] | bool
+
+
 class JsonSchema(_Fields):
     """`response_format.json_schema`. A schema is kept to the letter whether `strict` or not."""
 
     name: str | None = None
     description: str | None = None
-    json_schema: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    json_schema: Annotated[AnySchema, Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -125,7 +128,7 @@ class StructuredOutputs(_Fields):
 
     model_config = ConfigDict(extra="forbid")  # another of vLLM's constraints would change the answer
 
-    json_: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
+    json_schema: Annotated[AnySchema | str | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: str | None = None
     choice: Choice | None = None
@@ -148,7 +151,7 @@ class FormFields(_Fields):
     choice: Choice | None = None
     grammar: str | None = None  # Lark's notation or llama.cpp's GBNF
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | bool | str | None = None  # vLLM's older names
+    guided_json: AnySchema | str | None = None  # vLLM's older names
     guided_regex: str | None = None
     guided_choice: Choice | None = None
     guided_grammar: str | None = None
@@ -173,7 +176,7 @@ class FormFields(_Fields):
             schema = json.dumps(self.response_format.json_schema.json_schema)
             forms.append(AskedForm("json_schema", schema, "response_format.json_schema.schema"))
         if more := self.structured_outputs:
-            forms += _plain_forms("structured_outputs.", more.json_, more.regex, more.choice, more.grammar)
+            forms += _plain_forms("structured_outputs.", more.json_schema, more.regex, more.choice, more.grammar)
             forms += [AskedForm("json_schema", ANY_OBJECT, "structured_outputs.json_object")] * bool(more.json_object)
         forms += _plain_forms("", None, self.regex, self.choice, self.grammar)
         forms += _plain_forms("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
@@ -181,11 +184,17 @@ class FormFields(_Fields):
 
 
 def _plain_forms(
-    prefix: str, schema: dict[str, Any] | bool | str | None, regex: str | None, choice: list[str] | None, lark: str | None
+    prefix: str,
+    schema: AnySchema | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    lark: str | None,
 ) -> list[AskedForm]:
     forms: list[AskedForm] = []
     if schema is not None:
-        forms.append(AskedForm("json_schema", schema if isinstance(schema, str) else json.dumps(schema), f"{prefix}json"))
+        forms.append(
+            AskedForm("json_schema", schema if isinstance(schema, str) else json.dumps(schema), f"{prefix}json")
+        )
     if regex is not None:
         forms.append(AskedForm("regex", regex, f"{prefix}regex"))
     if choice is not None:
@@ -402,9 +411,18 @@ class CompletionRequest(SamplingFields):
     echo: bool = False
     suffix: str | None = None
     best_of: int | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    regex: Any = None
+    choice: Any = None
+    grammar: Any = None
+    tools: Any = None
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> CompletionRequest:
+        for field in ("response_format", "structured_outputs", "regex", "choice", "grammar", "tools"):
+            if getattr(self, field):
+                raise ValueError(f"{field}: not served here; ask /v1/chat/completions")
         if self.suffix:
             raise ValueError("suffix: text can't be filled in; leave it out")
         if self.best_of not in (None, self.n or 1):

@@ -91,7 +91,9 @@ def form_of(model: ServedModel, body: ChatRequest) -> Form | None:
     try:
         return form_of_calls(use, model.call_format, model.grammars, model.vocabulary.control, schema)
     except BadTool as error:
-        raise _bad_form(f"tools.{body.place_of(use.tools[error.index])}.function.parameters", error.part, error) from None
+        raise _bad_form(
+            f"tools.{body.place_of(use.tools[error.index])}.function.parameters", error.part, error
+        ) from None
     except BadForm as error:
         raise _bad_form("tools", "", error) from None
 

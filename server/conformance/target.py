@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 from ...r1.errors import UserError
 from .client import Broken, Client, Refused, Reply
@@ -163,8 +163,8 @@ class Target:
 
     def setting(self, name: str, *value: Any) -> dict[str, Any] | None:
         """The fields that ask this server for something; `None` where it has no name for it."""
-        fields = _NAMES.get(self.owner, _ELSE).get(name)
-        return fields(*value) if callable(fields) else fields
+        fields: Any = _NAMES.get(self.owner, _ELSE).get(name)
+        return cast("dict[str, Any] | None", fields(*value) if callable(fields) else fields)
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The fields that hold the answer to a JSON schema: OpenAI's, unless the server has others."""
@@ -181,7 +181,7 @@ class Target:
     @property
     def ways_without_thoughts(self) -> list[dict[str, Any]]:
         """Every documented way to ask for no thoughts."""
-        return [*(self.setting("no_thoughts") or ()), _SWITCH_OFF]
+        return [*_NAMES.get(self.owner, _ELSE).get("no_thoughts", ()), _SWITCH_OFF]
 
     @cached_property
     def budget_works(self) -> bool:
