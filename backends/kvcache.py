@@ -101,16 +101,27 @@ class KVCache:
 
     @property
     def used(self) -> int:
-        """Cells in use. Shared ones count once: the holders of a span all hold it from its start on."""
-        ends: dict[tuple[int, int], int] = {}
-        for sequence in list(self._sequences.values()):
-            stops = [start for _, start in sequence.spans[1:]] + [sequence.length]
-            for span, stop in zip(sequence.spans, stops, strict=True):
-                ends[span] = max(ends.get(span, span[1]), stop)
-        return sum(end - start for (_, start), end in ends.items())
+        """Cells in use; shared ones count once."""
+        return _cells(list(self._sequences.values()))
+
+    @property
+    def idle(self) -> int:
+        """Cells that only retained sequences use."""
+        sequences = list(self._sequences.values())
+        return _cells(sequences) - _cells([sequence for sequence in sequences if sequence.running])
 
     def _touch(self, sequence: CachedSequence) -> None:
         self._sequences[sequence.id] = self._sequences.pop(sequence.id)
+
+
+def _cells(sequences: list[CachedSequence]) -> int:
+    """Cells that some sequences use together: the holders of a span all hold it from its start on."""
+    ends: dict[tuple[int, int], int] = {}
+    for sequence in sequences:
+        stops = [start for _, start in sequence.spans[1:]] + [sequence.length]
+        for span, stop in zip(sequence.spans, stops, strict=True):
+            ends[span] = max(ends.get(span, span[1]), stop)
+    return sum(end - start for (_, start), end in ends.items())
 
 
 def common_prefix(left: array[int], right: array[int]) -> int:

@@ -21,8 +21,9 @@ from ..r1.errors import BadModelFile
 from ..r1.gguf import Header
 from .base import BackendFailed, Force, GenerationRequest, Load, LoadOptions, Only, Token
 from .draft import Draft
-from .kvcache import CachedSequence, KVCache, common_prefix, token_array
+from .kvcache import CachedSequence, common_prefix, token_array
 from .llamacpp_batch import Batch, Pace
+from .llamacpp_cache import LlamaCache
 from .llamacpp_load import fit, last_words, load_adapter, load_model, make_context, silence
 from .llamacpp_sampler import LlamaSampler
 from .llamacpp_vocabulary import LlamaVocabulary
@@ -63,11 +64,8 @@ class LlamaCpp:
             adapters = (C.llama_adapter_lora_p_ctypes * len(self._adapters))(*self._adapters)
             if C.llama_set_adapters_lora(self._context, adapters, len(self._adapters), scales):
                 raise BadModelFile("the LoRA adapters could not be applied", "they must be made for this very model")
-        self._memory = C.llama_get_memory(self._context)
         self.vocabulary = LlamaVocabulary(self._model)
-        self._cache = KVCache(sequences, fitted.cache_tokens)
-        # The state of recurrent layers cannot be cut back to a prefix.
-        self._reuse = not (C.llama_model_is_recurrent(self._model) or C.llama_model_is_hybrid(self._model))
+        self._cache = LlamaCache(self._context, self._model, sequences, fitted.cache_tokens)
         self._parallel = options.parallel
         self._batch = Batch(options.batch_tokens)
         self._pace = Pace(options.batch_tokens)
@@ -135,19 +133,15 @@ class LlamaCpp:
         kept: deque[_Running] = deque()
         while queue and len(self._running) < self._parallel:
             reply = queue.popleft()
-            source, length = self._cache.longest_prefix(reply.todo) if self._reuse else (None, 0)
-            length = min(length, len(reply.todo) - 1)  # one token at least: its logits are wanted
-            if self._reuse and self._soon(reply) >= length + _WORTH_WAITING:
+            if self._cache.reuses and self._soon(reply) >= self._cache.found(reply.todo) + _WORTH_WAITING:
                 kept.append(reply)
                 continue
-            sequence = self._cache.open(source, length) or self._reopen(source, length)
+            sequence = self._cache.begin(reply.todo)
             if sequence is None:
                 kept.append(reply)
                 break
-            if source and length:
-                C.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
-            reply.sequence, reply.todo = sequence, reply.todo[length:]
-            reply.draft.start(length)
+            reply.sequence, reply.todo = sequence, reply.todo[sequence.length :]
+            reply.draft.start(sequence.length)
             self._running.append(reply)
         queue.extendleft(reversed(kept))
 
@@ -164,14 +158,6 @@ class LlamaCpp:
         return max(
             (common_prefix(_whole(other), reply.todo) for other in self._running if len(other.todo) > 1), default=0
         )
-
-    def _reopen(self, source: CachedSequence | None, length: int) -> CachedSequence | None:
-        """A sequence for which another has to go; never the one that it is copied from."""
-        evicted = self._cache.evict(but=source)
-        if evicted is None:
-            return None
-        C.llama_memory_seq_rm(self._memory, evicted.id, -1, -1)
-        return self._cache.open(source, length)
 
     def _fill(self) -> list[_Running]:
         """Put known tokens into the batch; give the replies whose next token can be drawn after it."""
@@ -207,16 +193,14 @@ class LlamaCpp:
             return True
         if status != 1:
             self._fail(f"llama_decode failed with status {status}: {last_words()}")
-        evicted = self._cache.evict()
-        if evicted is not None:
-            C.llama_memory_seq_rm(self._memory, evicted.id, -1, -1)
-        elif len(self._running) > 1:
+        if self._cache.make_room():
+            return False
+        if len(self._running) > 1:
             # The youngest reply gives its cells up and is decoded again when there is room.
             reply = self._running.pop()
             assert reply.sequence is not None
             reply.todo = _whole(reply)
-            C.llama_memory_seq_rm(self._memory, reply.sequence.id, -1, -1)
-            self._cache.drop(reply.sequence)
+            self._cache.discard(reply.sequence)
             reply.sequence = None
             (self._idle if reply.draft.request.idle else self._waiting).appendleft(reply)
             self._crowded = True
@@ -266,18 +250,12 @@ class LlamaCpp:
         sequence, reply.sequence = reply.sequence, None
         assert sequence is not None
         self._crowded = False
-        if self._reuse and sequence.length:
-            for covered in self._cache.retain(sequence):
-                C.llama_memory_seq_rm(self._memory, covered.id, -1, -1)
-        else:
-            C.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)
-            self._cache.drop(sequence)
+        self._cache.end(sequence, others_run=bool(self._running))
 
     def _fail(self, reason: str) -> None:
         """Give up every request in the batch: after a failed decode the cache cannot be trusted."""
         self._forget_all()
         self._cache.clear()
-        C.llama_memory_clear(self._memory, True)
         raise BackendFailed(reason)
 
     def _forget_all(self) -> None:

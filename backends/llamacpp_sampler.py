@@ -111,7 +111,7 @@ class LlamaSampler:
 def shortlist(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
     """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
     if temperature <= 0:
-        return logits.argmax(keepdims=True)
+        return np.array([logits.argmax()])
     weights = np.exp((logits - logits.max()) * np.float32(1 / temperature))
     mass = top_p * weights.sum()
     for least in (1e-4, 1e-7, 0.0):  # sort as few as possible: those above mostly hold the mass

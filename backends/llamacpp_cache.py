@@ -1,0 +1,128 @@
+"""llama.cpp's KV cache, with what `kvcache.py` knows of it and a store in RAM behind it.
+
+In every step each new token looks at every cell in use, its own or not: on a CPU a hundred idle conversations can cost
+more than the model. So only as many cells are left to sequences that nobody runs as cost little beside the weights;
+the others move to RAM and come back when a prompt begins with them. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from typing import Any
+
+import llama_cpp as C
+
+from . import machine
+from .kvcache import CachedSequence, KVCache, common_prefix
+from .prefixstore import PrefixStore
+
+_WORTH_RESTORING = 64  # tokens that the store has over the cache: copying back has its price
+_WORTH_STORING = 0.8  # of a sequence; more of it in another one, and it is not stored
+_MOST_STORED = 2 << 30  # bytes
+_BYTES_PER_HEAD_CELL = 400  # weights to read for each head and cell that is looked at: about a tenth of a step's time
+
+
+class LlamaCache:
+    """The sequences of one context."""
+
+    def __init__(self, context: C.llama_context_p, model: C.llama_model_p, sequences: int, cells: int) -> None:
+        self._context = context
+        self._memory = C.llama_get_memory(context)
+        self._cache = KVCache(sequences, cells)
+        self._store = PrefixStore(min(_MOST_STORED, machine.free_memory() // 8))
+        # The state of recurrent layers cannot be cut back to a prefix.
+        self.reuses = not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
+        heads = C.llama_model_n_layer(model) * C.llama_model_n_head(model)
+        self._idle_cells = max(512, C.llama_model_size(model) // (max(1, heads) * _BYTES_PER_HEAD_CELL))
+
+    @property
+    def cells(self) -> int:
+        """Tokens that fit, all sequences together."""
+        return self._cache.cells
+
+    @property
+    def used(self) -> int:
+        """Tokens in it; shared ones count once."""
+        return self._cache.used
+
+    def found(self, prompt: array[int]) -> int:
+        """How many tokens at the start of a prompt need not be decoded."""
+        if not self.reuses:
+            return 0
+        length = max(self._cache.longest_prefix(prompt)[1], self._store.longest_prefix(prompt)[1])
+        return min(length, len(prompt) - 1)  # one token at least: its logits are wanted
+
+    def begin(self, prompt: array[int]) -> CachedSequence | None:
+        """A running sequence that starts with as much of a prompt as there is; `None` if no more can run."""
+        source, length = self._cache.longest_prefix(prompt) if self.reuses else (None, 0)
+        length = min(length, len(prompt) - 1)
+        stored, more = self._store.longest_prefix(prompt) if self.reuses else (None, 0)
+        more = min(more, len(prompt) - 1)
+        restore = stored is not None and more >= length + _WORTH_RESTORING
+        if restore:
+            source, length = None, 0
+        sequence = self._cache.open(source, length)
+        if sequence is None and self.make_room(but=source):
+            sequence = self._cache.open(source, length)
+        if sequence is None:
+            return None
+        if restore and stored is not None:
+            self._store.touch(stored)
+            self._restore(sequence, stored.tokens, stored.data, more)
+        elif source and length:
+            C.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
+        self._tidy()
+        return sequence
+
+    def end(self, sequence: CachedSequence, *, others_run: bool) -> None:
+        """Keep a sequence that no longer runs, for the next prompt that begins like it."""
+        if not (self.reuses and sequence.length):
+            self.discard(sequence)
+            return
+        for covered in self._cache.retain(sequence):
+            self._remove(covered)
+        if others_run:
+            self._tidy()
+
+    def discard(self, sequence: CachedSequence) -> None:
+        """Drop a sequence and what is in it."""
+        self._remove(sequence)
+        self._cache.drop(sequence)
+
+    def make_room(self, but: CachedSequence | None = None) -> bool:
+        """Move the idle sequence that was used least recently to RAM; false if there is none (but for one)."""
+        evicted = self._cache.evict(but=but)
+        if evicted is None:
+            return False
+        shared = max((common_prefix(other.tokens, evicted.tokens) for other in self._cache), default=0)
+        if shared < _WORTH_STORING * evicted.length:
+            self._store.put(evicted.tokens, lambda: self._save(evicted))
+        self._remove(evicted)
+        return True
+
+    def clear(self) -> None:
+        """Forget everything: after a failed decode the cache cannot be trusted."""
+        self._cache.clear()
+        C.llama_memory_clear(self._memory, True)
+
+    def _tidy(self) -> None:
+        while self._cache.idle > self._idle_cells and self.make_room():
+            pass
+
+    def _save(self, sequence: CachedSequence) -> Any:
+        size = C.llama_state_seq_get_size(self._context, sequence.id)
+        data = (ctypes.c_uint8 * size)()
+        written = C.llama_state_seq_get_data(self._context, data, size, sequence.id)
+        return data if written == size else (ctypes.c_uint8 * 0)()
+
+    def _restore(self, sequence: CachedSequence, tokens: array[int], data: Any, length: int) -> None:
+        """Copy a stored sequence back. Where it does not fit, the sequence stays empty and is decoded."""
+        if len(data) and C.llama_state_seq_set_data(self._context, data, len(data), sequence.id):
+            C.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
+            sequence.tokens.extend(tokens[:length])
+        else:
+            self._remove(sequence)
+
+    def _remove(self, sequence: CachedSequence) -> None:
+        C.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)
