@@ -66,6 +66,26 @@ class KVCache:
         self._sequences[sequence.id] = sequence
         return sequence
 
+    def lowest(self) -> tuple[int | None, CachedSequence | None]:
+        """The lowest id that nothing runs in, and what is retained there; no id if all run."""
+        idle = {sequence.id: sequence for sequence in self._sequences.values() if not sequence.running}
+        place = min([*self._free_ids, *idle], default=None)
+        return place, None if place is None else idle.get(place)
+
+    def open_at(self, place: int) -> CachedSequence:
+        """A new, empty, running sequence under an id that is free."""
+        self._free_ids.remove(place)
+        self._free_ids.append(place)
+        sequence = self.open()
+        assert sequence is not None
+        return sequence
+
+    def resume(self, sequence: CachedSequence, length: int) -> None:
+        """Run a retained sequence again, cut to its first `length` tokens."""
+        del sequence.tokens[length:]
+        sequence.running = True
+        self._touch(sequence)
+
     def retain(self, sequence: CachedSequence) -> list[CachedSequence]:
         """Keep a sequence that no longer runs, and give the retained ones that it makes superfluous, dropped."""
         sequence.running = False

@@ -29,7 +29,7 @@ from .llamacpp_sampler import LlamaSampler
 from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import log_softmax, mask_to
 
-_RETAINED = 64  # sequences kept for their prefix, besides the running ones
+_RETAINED = 64  # sequences that a pooled cache keeps for their prefix, besides the running ones
 _WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
 _MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
@@ -57,7 +57,8 @@ class LlamaCpp:
         self.context_length = fitted.context
         self._model = load_model(paths, options)
         self._adapters = [load_adapter(self._model, path) for path, _ in options.loras]
-        sequences = min(_MOST_SEQUENCES, options.parallel + _RETAINED)
+        most = options.parallel if fitted.partitioned else options.parallel + _RETAINED
+        sequences = min(_MOST_SEQUENCES, most)
         self._context = make_context(self._model, options, fitted, sequences)
         if self._adapters:
             scales = (ctypes.c_float * len(self._adapters))(*(scale for _, scale in options.loras))
@@ -65,7 +66,9 @@ class LlamaCpp:
             if C.llama_set_adapters_lora(self._context, adapters, len(self._adapters), scales):
                 raise BadModelFile("the LoRA adapters could not be applied", "they must be made for this very model")
         self.vocabulary = LlamaVocabulary(self._model)
-        self._cache = LlamaCache(self._context, self._model, sequences, fitted.cache_tokens)
+        self._cache = LlamaCache(
+            self._context, self._model, sequences, fitted.cache_tokens, partitioned=fitted.partitioned
+        )
         self._parallel = options.parallel
         self._batch = Batch(options.batch_tokens)
         self._pace = Pace(options.batch_tokens)
@@ -97,8 +100,9 @@ class LlamaCpp:
             logits = np.ctypeslib.as_array(address, (len(drawing), self.vocabulary.size))
             if not np.isfinite(logits[:, 0]).all():
                 self._fail("the model's logits are not numbers: the file is damaged, or its type overflows here")
-            for row, reply in enumerate(drawing):
-                self._draw(reply, row, logits[row], tokens)
+            rows = {reply: row for row, reply in enumerate(drawing)}
+            for reply in [reply for reply in self._running if reply in rows]:  # in the order they came
+                self._draw(reply, rows[reply], logits[rows[reply]], tokens)
         return tokens
 
     def cancel(self, request_id: str) -> None:
@@ -162,22 +166,19 @@ class LlamaCpp:
     def _fill(self) -> list[_Running]:
         """Put known tokens into the batch; give the replies whose next token can be drawn after it."""
         self._batch.clear()
-        drawing: list[_Running] = []
         # Replies first, so that a long prompt cannot hold them up; then prompts, in the order they came.
+        counts = {reply: 1 for reply in self._running if len(reply.todo) == 1}
+        room = min(self._batch.size - len(counts), self._pace.chunk(replying=bool(counts)))
         for reply in self._running:
-            if len(reply.todo) == 1:
-                self._batch.add(reply, 1)
+            if len(reply.todo) > 1 and room:
+                counts[reply] = min(len(reply.todo), room)
+                room -= counts[reply]
+        # By place in the cache: llama.cpp decodes a run of neighbours in one go.
+        drawing: list[_Running] = []
+        for reply, count in sorted(counts.items(), key=_place):
+            self._batch.add(reply, count)
+            if count == len(reply.todo):
                 drawing.append(reply)
-        room = min(self._batch.room, self._pace.chunk(replying=bool(drawing)))
-        for reply in self._running:
-            if len(reply.todo) > 1:
-                if not room:
-                    break
-                count = min(len(reply.todo), room)
-                room -= count
-                self._batch.add(reply, count)
-                if count == len(reply.todo):
-                    drawing.append(reply)
         return drawing
 
     def _decode(self) -> bool:
@@ -262,6 +263,12 @@ class LlamaCpp:
         for reply in (*self._running, *self._waiting, *self._idle):
             reply.sampler.close()
         self._running, self._waiting, self._idle = [], deque(), deque()
+
+
+def _place(entry: tuple[_Running, int]) -> int:
+    sequence = entry[0].sequence
+    assert sequence is not None
+    return sequence.id
 
 
 def _whole(reply: _Running) -> array[int]:

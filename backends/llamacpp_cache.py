@@ -1,8 +1,13 @@
 """llama.cpp's KV cache, with what `kvcache.py` knows of it and a store in RAM behind it.
 
-In every step each new token looks at every cell in use, its own or not: on a CPU a hundred idle conversations can cost
-more than the model. So only as many cells are left to sequences that nobody runs as cost little beside the weights;
-the others move to RAM and come back when a prompt begins with them. Knows nothing of requests.
+Where memory allows, every place in the batch has cells of its own (*partitioned*): a token looks at its own sequence
+only. A prefix that lies in another place is copied, through RAM.
+
+Otherwise all share one pool (*pooled*): prefixes are shared for nothing and a long reply can borrow, but each new token
+looks at every cell in use, its own or not; on a CPU idle conversations can cost more than the model. So only as many
+cells are left to sequences that nobody runs as cost little beside the weights.
+
+Either way what has to go moves to RAM and comes back when a prompt begins with it. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -17,24 +22,28 @@ from . import machine
 from .kvcache import CachedSequence, KVCache, common_prefix
 from .prefixstore import PrefixStore
 
-_WORTH_RESTORING = 64  # tokens that the store has over the cache: copying back has its price
+_WORTH_RESTORING = 16  # tokens that the store has over the cache: copying back has its price
 _WORTH_STORING = 0.8  # of a sequence; more of it in another one, and it is not stored
+_DEAREST_COPY = 32  # a whole sequence is copied for a prefix; not if it is so many times as long
 _MOST_STORED = 2 << 30  # bytes
-_BYTES_PER_HEAD_CELL = 400  # weights to read for each head and cell that is looked at: about a tenth of a step's time
+_BYTES_PER_HEAD_CELL = 2000  # weights to read for each head and cell looked at: a few percent of a step
 
 
 class LlamaCache:
     """The sequences of one context."""
 
-    def __init__(self, context: C.llama_context_p, model: C.llama_model_p, sequences: int, cells: int) -> None:
+    def __init__(
+        self, context: C.llama_context_p, model: C.llama_model_p, sequences: int, cells: int, *, partitioned: bool
+    ) -> None:
         self._context = context
+        self._partitioned = partitioned
         self._memory = C.llama_get_memory(context)
         self._cache = KVCache(sequences, cells)
         self._store = PrefixStore(min(_MOST_STORED, machine.free_memory() // 8))
         # The state of recurrent layers cannot be cut back to a prefix.
         self.reuses = not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
         heads = C.llama_model_n_layer(model) * C.llama_model_n_head(model)
-        self._idle_cells = max(512, C.llama_model_size(model) // (max(1, heads) * _BYTES_PER_HEAD_CELL))
+        self._idle_cells = max(128, C.llama_model_size(model) // (max(1, heads) * _BYTES_PER_HEAD_CELL))
 
     @property
     def cells(self) -> int:
@@ -55,6 +64,8 @@ class LlamaCache:
 
     def begin(self, prompt: array[int]) -> CachedSequence | None:
         """A running sequence that starts with as much of a prompt as there is; `None` if no more can run."""
+        if self._partitioned:
+            return self._begin_at_home(prompt)
         source, length = self._cache.longest_prefix(prompt) if self.reuses else (None, 0)
         length = min(length, len(prompt) - 1)
         stored, more = self._store.longest_prefix(prompt) if self.reuses else (None, 0)
@@ -75,6 +86,37 @@ class LlamaCache:
         self._tidy()
         return sequence
 
+    def _begin_at_home(self, prompt: array[int]) -> CachedSequence | None:
+        """As `begin`, in the lowest place that is idle: llama.cpp decodes neighbours together, others one by one."""
+        place, resident = self._cache.lowest()
+        if place is None:
+            return None
+        if not self.reuses:
+            return self._cache.open_at(place)
+        most = len(prompt) - 1
+        here = min(common_prefix(resident.tokens, prompt), most) if resident else 0
+        source, there = self._cache.longest_prefix(prompt)
+        stored, kept = self._store.longest_prefix(prompt)
+        there, kept = min(there, most), min(kept, most)
+        tokens, data, length = array("i"), None, here
+        if stored and kept >= length + _WORTH_RESTORING and kept * _DEAREST_COPY >= len(stored.tokens):
+            self._store.touch(stored)
+            tokens, data, length = stored.tokens, stored.data, kept
+        if source and source is not resident and there > length and there * _DEAREST_COPY >= source.length:
+            tokens, data, length = source.tokens[:], self._save(source), there
+        if resident is not None and here < _WORTH_STORING * resident.length:
+            self._store.put(resident.tokens[:], lambda: self._save(resident))
+        if data is None and resident is not None:
+            C.llama_memory_seq_rm(self._memory, place, here, -1)
+            self._cache.resume(resident, here)
+            return resident
+        if resident is not None:
+            self.discard(resident)
+        sequence = self._cache.open_at(place)
+        if data is not None:
+            self._restore(sequence, tokens, data, length)
+        return sequence
+
     def end(self, sequence: CachedSequence, *, others_run: bool) -> None:
         """Keep a sequence that no longer runs, for the next prompt that begins like it."""
         if not (self.reuses and sequence.length):
@@ -82,7 +124,7 @@ class LlamaCache:
             return
         for covered in self._cache.retain(sequence):
             self._remove(covered)
-        if others_run:
+        if others_run and not self._partitioned:
             self._tidy()
 
     def discard(self, sequence: CachedSequence) -> None:

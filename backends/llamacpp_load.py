@@ -26,6 +26,7 @@ _KV_TYPES = {  # name -> (ggml type, bits a value)
     "iq4_nl": (20, 4.5),
 }
 _MOST_DEFAULT_CONTEXT = 32_768  # DeepSeek's longest reply; a model's own 131,072 would cost gigabytes that few use
+_PADDING = 256
 _COMPUTE_RESERVE = 0.05  # of the weights, for activations and scratch buffers: an allowance, not a measurement
 
 
@@ -34,6 +35,7 @@ class Fit(NamedTuple):
 
     context: int  # tokens a request may have
     cache_tokens: int  # tokens of all requests together
+    partitioned: bool  # every place in the batch has a context of its own; else all share one pool
 
 
 def fit(header: Header, weights: int, options: LoadOptions) -> Fit:
@@ -69,7 +71,8 @@ def fit(header: Header, weights: int, options: LoadOptions) -> Fit:
     while context > max(512, most):
         context //= 2
     shared = max(context, min(options.parallel * context, _MOST_DEFAULT_CONTEXT, most // 4))
-    return Fit(context, max(context, options.cache_tokens or shared))
+    cells = max(context, options.cache_tokens or shared)
+    return Fit(context, cells, partitioned=cells >= options.parallel * context)
 
 
 def _offloads(options: LoadOptions) -> bool:
@@ -106,14 +109,16 @@ def load_adapter(model: C.llama_model_p, path: Path) -> C.llama_adapter_lora_p:
 def make_context(model: C.llama_model_p, options: LoadOptions, fitted: Fit, sequences: int) -> C.llama_context_p:
     """Allocate the KV cache and the compute buffers. Raises `UserError`."""
     params = C.llama_context_default_params()
-    params.n_ctx = fitted.cache_tokens
+    # llama.cpp rounds a part up to 256; told beforehand, the parts are never smaller than a context.
+    padded = -(-fitted.context // _PADDING) * _PADDING
+    params.n_ctx = options.parallel * padded if fitted.partitioned else fitted.cache_tokens
     params.n_batch = params.n_ubatch = options.batch_tokens
     params.n_seq_max = params.n_outputs_max = sequences
     threads = options.threads or machine.physical_cores()
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = _KV_TYPES[options.kv_type][0]
     params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
-    params.kv_unified = True  # one pool of cells, so that a prefix can be shared and a long reply can borrow
+    params.kv_unified = not fitted.partitioned
     params.swa_full = True  # a sliding window would forget the prefixes that are to be shared
     context = C.llama_init_from_model(model, params)
     if not context:

@@ -31,7 +31,12 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
     check_calls(body)
     variables = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
     prompt = _prompt(
-        model, body, messages, thinking=body.budget != 0, preserve_thinking=body.preserve_thinking, variables=variables
+        model,
+        body,
+        messages,
+        thinking=body.budget != 0,
+        preserve_thinking=bool(body.preserve_thinking),
+        variables=variables,
     )
     resumed = messages[-1].role == "assistant"
     form = form_of(model, body)
@@ -50,13 +55,13 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
         rules=Rules(
             budget=body.budget,
             reserve=body.answer_reserve_tokens,
-            min_tokens=body.min_thinking_tokens,
+            min_tokens=body.min_thinking_tokens or 0,
             guard_bypass=not resumed,
-            break_loops=body.break_loops,
-            want_answer=body.empty_answer == "close",
+            break_loops=body.break_loops is not False,
+            want_answer=body.empty_answer != "allow",
             inline=body.reasoning_format == "inline",
             stops=body.stops,
-            stop_scope=body.stop_scope,
+            stop_scope=body.stop_scope or "answer",
         ),
         form=form,
         begun=begun,

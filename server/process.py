@@ -20,6 +20,12 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from ..r1.errors import UserError
+
+try:  # beside llama.cpp's threads, what a token costs here slows all of them
+    from uvloop import run as run_on_loop
+except ImportError:  # Windows
+    from asyncio import run as run_on_loop
+
 from .app import Service, create_app
 from .model import ServedModel
 from .settings import Settings
@@ -61,7 +67,7 @@ def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callabl
         await answering
 
     try:
-        asyncio.run(run())
+        run_on_loop(run())
     finally:
         service.close()
     return 0

@@ -92,7 +92,7 @@ class ChatMessage(_Fields):
 class StreamOptions(_Fields):
     """`stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 AnySchema = dict[str, Any] | bool
@@ -232,7 +232,7 @@ class SamplingFields(_Fields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -271,17 +271,17 @@ class ReasoningFields(_Fields):
     thinking_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # thoughts end here at the latest
     reasoning_effort: Effort | None = None  # a budget by name
     answer_reserve_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # kept free for the answer
-    min_thinking_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    stop_scope: Literal["answer", "all"] = "answer"
-    preserve_thinking: bool = False  # keep the thoughts of earlier turns in the prompt
-    empty_answer: Literal["close", "allow"] = "close"  # what an end inside the thoughts does
-    break_loops: bool = True
+    min_thinking_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_scope: Literal["answer", "all"] | None = None  # None = answer
+    preserve_thinking: bool | None = None  # keep the thoughts of earlier turns in the prompt
+    empty_answer: Literal["close", "allow"] | None = None  # what an end inside the thoughts does
+    break_loops: bool | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ReasoningFields:
         budget = self.budget
-        if budget is not None and self.min_thinking_tokens > budget:
+        if budget is not None and (self.min_thinking_tokens or 0) > budget:
             raise ValueError(f"min_thinking_tokens: {self.min_thinking_tokens} is more than the budget of {budget}")
         return self
 
@@ -408,7 +408,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
+    echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
     response_format: Any = None
@@ -429,7 +429,7 @@ class CompletionRequest(SamplingFields):
             raise ValueError("best_of: must equal n; leave it out")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo: log-probabilities of a prompt are not served; leave out echo or logprobs")
-        if isinstance(self.prompt, list) and not 1 <= len(self.prompt) <= 2**20:
+        if not self.prompt:
             raise ValueError("prompt: is empty")
         return self
 
@@ -441,7 +441,7 @@ class TokenizeRequest(_Fields):
     content: str | None = None
     prompt: str | None = None  # vLLM's name for `content`
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    with_pieces: bool = False
+    with_pieces: bool | None = None
 
 
 class DetokenizeRequest(_Fields):

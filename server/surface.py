@@ -44,7 +44,9 @@ def ask_for(
     if not prompt_ids:
         raise ApiError(400, "the prompt is empty", param="prompt")
     if len(prompt_ids) >= model.context_length:
-        raise PromptTooLong(len(prompt_ids), model.context_length - 1)
+        error = PromptTooLong(len(prompt_ids), model.context_length - 1)
+        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        raise ApiError(400, str(error), code="context_length_exceeded", param=param)
     return Ask(
         prompt_ids=prompt_ids,
         state=state,
@@ -53,7 +55,7 @@ def ask_for(
         max_tokens=max_tokens,
         n=body.n or 1,
         top_logprobs=top_logprobs,
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         form=form,
         begun=begun,
         calls=calls,

@@ -136,26 +136,27 @@ def test_what_is_written_after_a_copy_does_not_touch_the_source(llama):
     assert ids(again) == first[15:]
 
 
-def test_replies_to_one_prompt_share_what_is_read(llama):
-    prompt = llama.vocabulary.encode(LONG)
-    requests = [ask(llama, prompt, 8, sampling=Sampling(seed=n)) for n in range(4)]
-    tokens = run(llama)
-    assert [cached(tokens[request.id]) for request in requests] == [0, *[len(prompt) - 1] * 3]
-    assert len({tuple(ids(tokens[request.id])) for request in requests}) == 4
-    assert llama.load().cache_used <= len(prompt) + 4 * 8
+def test_replies_to_one_prompt_share_what_is_read(open_llama, random_path):
+    for pooled in ({}, {"context": 1024, "cache_tokens": 1500}):
+        llama = open_llama(random_path, **pooled)
+        prompt = llama.vocabulary.encode(LONG)
+        requests = [ask(llama, prompt, 8, sampling=Sampling(seed=n)) for n in range(4)]
+        tokens = run(llama)
+        assert [cached(tokens[request.id]) for request in requests] == [0, *[len(prompt) - 1] * 3]
+        assert len({tuple(ids(tokens[request.id])) for request in requests}) == 4
+        assert not pooled or llama.load().cache_used <= len(prompt) + 4 * 8
 
 
-def test_the_cache_counts_what_it_holds_and_forgets_the_oldest_first(open_llama, random_path):
-    backend = open_llama(random_path, context=256, cache_tokens=256, parallel=1)
+@pytest.mark.parametrize("parallel", [1, 2], ids=["partitioned", "pooled"])
+def test_what_left_the_cache_is_found_in_ram(open_llama, random_path, parallel):
+    backend = open_llama(random_path, context=256, cache_tokens=256, parallel=parallel)
     prompts = [chr(65 + n) * 60 for n in range(5)]
-    for prompt in prompts[:4]:
-        reply(backend, prompt, 2)
-    assert backend.load().cache_used == 4 * 61
-    assert cached(reply(backend, prompts[0] + "!", 2)) == 60
-    reply(backend, prompts[4], 2)  # takes the place of the second
+    first = [ids(reply(backend, prompt, 2)) for prompt in prompts]
     assert backend.load().cache_used <= 256
-    assert [cached(reply(backend, prompts[n], 1)) for n in (4, 0, 3)] == [59, 59, 59]
-    assert cached(reply(backend, prompts[1], 1)) == 0
+    again = [reply(backend, prompt, 2) for prompt in prompts]
+    assert [cached(tokens) for tokens in again] == [59] * 5
+    assert [ids(tokens) for tokens in again] == first
+    assert cached(reply(backend, prompts[2][:40] + "!", 2)) == 40
 
 
 # Chunks

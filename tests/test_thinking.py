@@ -95,7 +95,7 @@ def test_the_reserve_leaves_room_for_an_answer():
 
 @pytest.mark.parametrize("room", [1, 2, 5, 10, 20, 50, 100, 200])
 def test_a_short_reply_still_ends_with_an_answer(room):
-    reasoning, text, outcome, finish = answer("abc " * 200, room=room)
+    _, text, outcome, finish = answer("abc " * 200, room=room)
     assert finish == "length"
     assert room < 5 or text.strip()
     assert room < 5 or outcome.closed_by == "reserve"
@@ -190,7 +190,25 @@ def test_parallel_replies_do_not_mix():
 def test_long_thoughts_cost_next_to_nothing():
     """32,000 tokens: under 20 µs each in the docs; 100 µs here, so that a busy machine does not fail it."""
     thinking = Thinking(TAGS, Rules(), 100_000, "thinking", force=Force, only=Only)
-    words = [f"{word} " for word in "so let me think about what the question asks and check it once more".split()]
+    words = [
+        f"{word} "
+        for word in [
+            "so",
+            "let",
+            "me",
+            "think",
+            "about",
+            "what",
+            "the",
+            "question",
+            "asks",
+            "and",
+            "check",
+            "it",
+            "once",
+            "more",
+        ]
+    ]
     started = time.perf_counter()
     for i in range(32_000):
         assert thinking.wish(lambda: None) is None
