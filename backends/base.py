@@ -75,7 +75,12 @@ class Only:
     bits: NDArray[np.uint32]
 
 
-Wish = Force | Only | None
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """A wish: penalties no longer count what the reply has said so far. The steer is asked again at once."""
+
+
+Wish = Force | Only | Forget | None
 """What a steer asks for before a token is drawn; `None` leaves the model free."""
 
 

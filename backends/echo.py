@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Force, GenerationRequest, Load, Only, Token
+from .base import Force, Forget, GenerationRequest, Load, Only, Token
 from .draft import Draft
 from .sampling import distribution, log_softmax, mask_to, seed32
 
@@ -116,6 +116,9 @@ class Echo:
                 if forced:
                     return forced
                 continue
+            if isinstance(wish, Forget):
+                reply.forgotten = len(reply.said)
+                continue
             logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
@@ -157,11 +160,14 @@ class _Running:
         self.draft = draft
         self.plan = plan  # what the script still wants to say
         self.said: list[int] = []
+        self.forgotten = 0  # tokens at the start of `said` that penalties don't count
         self._random = np.random.default_rng(seed32(draft.request.sampling.seed))
 
     def draw(self, logits: NDArray[np.float32]) -> int:
         request = self.draft.request
-        chances = distribution(logits.astype(np.float64), request.sampling, request.prompt_ids, self.said)
+        chances = distribution(
+            logits.astype(np.float64), request.sampling, request.prompt_ids, self.said[self.forgotten :]
+        )
         return int(self._random.choice(chances.size, p=chances))
 
 

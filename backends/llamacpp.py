@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..r1.errors import BadModelFile
 from ..r1.gguf import Header
-from .base import BackendFailed, Force, GenerationRequest, Load, LoadOptions, Only, Token
+from .base import BackendFailed, Force, Forget, GenerationRequest, Load, LoadOptions, Only, Token
 from .draft import Draft
 from .kvcache import CachedSequence, common_prefix, token_array
 from .llamacpp_batch import Batch, Pace
@@ -71,6 +71,7 @@ class LlamaCpp:
         )
         self._parallel = options.parallel
         self._batch = Batch(options.batch_tokens)
+        self._scratch = np.empty(self.vocabulary.size, np.float32)
         self._pace = Pace(options.batch_tokens)
         self._waiting: deque[_Running] = deque()
         self._idle: deque[_Running] = deque()  # work for when nothing else is to do
@@ -226,10 +227,13 @@ class LlamaCpp:
                     reply.todo.append(token.token_id)
                 tokens.extend(forced)
                 continue
+            if isinstance(wish, Forget):
+                reply.sampler.forget()
+                continue
             logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
-            token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits)
+            token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits, self._scratch)
             token = draft.take(token_id, logprobs)
             if token:
                 tokens.append(token)

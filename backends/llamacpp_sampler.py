@@ -18,6 +18,7 @@ from .base import GenerationRequest
 from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import seed32
 
+Row = NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run on across these
 
@@ -25,10 +26,11 @@ _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run 
 class LlamaSampler:
     """Draws the tokens of one reply, in C."""
 
-    __slots__ = ("_biased", "_biases", "_chain", "_temperature", "_top_p")
+    __slots__ = ("_biased", "_biases", "_chain", "_memories", "_temperature", "_top_p")
 
     def __init__(self, vocabulary: LlamaVocabulary, request: GenerationRequest) -> None:
         self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+        self._memories: list[tuple[C.llama_sampler_p, Sequence[int]]] = []
         sampling, seed = request.sampling, seed32(request.sampling.seed)
         biases = dict(sampling.logit_bias)
         if request.ignore_eos:
@@ -38,10 +40,10 @@ class LlamaSampler:
         last_n = sampling.penalty_last_n
         if sampling.repetition_penalty != 1 and last_n:
             factor = C.llama_sampler_init_penalties(vocabulary.size, last_n, sampling.repetition_penalty, 0.0, 0.0)
-            self._add(factor, request.prompt_ids[-last_n:])
+            self._add_memory(factor, request.prompt_ids[-last_n:])
         if (sampling.presence_penalty or sampling.frequency_penalty) and last_n:
             frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
-            self._add(C.llama_sampler_init_penalties(vocabulary.size, last_n, 1.0, frequency, presence))
+            self._add_memory(C.llama_sampler_init_penalties(vocabulary.size, last_n, 1.0, frequency, presence))
         if sampling.dry_multiplier and sampling.dry_penalty_last_n:
             breakers = (ctypes.c_char_p * len(_DRY_BREAKERS))(*(text.encode() for text in _DRY_BREAKERS))
             dry = C.llama_sampler_init_dry(
@@ -53,7 +55,7 @@ class LlamaSampler:
                 breakers,
                 len(_DRY_BREAKERS),
             )
-            self._add(dry, request.prompt_ids[-sampling.dry_penalty_last_n :])
+            self._add_memory(dry, request.prompt_ids[-sampling.dry_penalty_last_n :])
         # Penalties change logits inside the chain: nothing can be shortlisted before them.
         plain = C.llama_sampler_chain_n(self._chain) == 0 and sampling.top_k <= 0 and sampling.typical_p >= 1
         self._temperature = sampling.temperature
@@ -75,16 +77,17 @@ class LlamaSampler:
             self._add(C.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, seed))
         self._add(C.llama_sampler_init_dist(seed))
 
-    def sample(self, context: C.llama_context_p, place: int, logits: NDArray[np.float32]) -> int:
+    def sample(self, context: C.llama_context_p, place: int, logits: Row, scratch: Row) -> int:
         """Draw from the logits of one place in the batch, and remember the token.
 
-        `logits`, (vocabulary,), is llama.cpp's own row of that place: biases are added to it where it lies.
+        `logits`, (vocabulary,), is llama.cpp's own row of that place: biases are added to it where it lies. `scratch`
+        is as long, and anybody's.
         """
         if self._biased.size:
             logits[self._biased] += self._biases
         if self._top_p is None:
             return C.llama_sampler_sample(self._chain, context, place)
-        ids = shortlist(logits, self._temperature, self._top_p)
+        ids = shortlist(logits, self._temperature, self._top_p, scratch)
         candidates = np.empty(ids.size, _CANDIDATE)
         candidates["id"], candidates["logit"] = ids, logits[ids]
         data = candidates.ctypes.data_as(C.llama_token_data_p)
@@ -98,21 +101,36 @@ class LlamaSampler:
         """Remember a token that was not drawn."""
         C.llama_sampler_accept(self._chain, token_id)
 
+    def forget(self) -> None:
+        """Have penalties count the prompt only, as at the start."""
+        for sampler, past_ids in self._memories:
+            C.llama_sampler_reset(sampler)
+            for token_id in past_ids:
+                C.llama_sampler_accept(sampler, token_id)
+
     def close(self) -> None:
         """Free the chain. Nothing may be called after it."""
         C.llama_sampler_free(self._chain)
 
-    def _add(self, sampler: C.llama_sampler_p, past_ids: Sequence[int] = ()) -> None:
-        for token_id in past_ids:
-            C.llama_sampler_accept(sampler, token_id)
+    def _add(self, sampler: C.llama_sampler_p) -> None:
         C.llama_sampler_chain_add(self._chain, sampler)
 
+    def _add_memory(self, sampler: C.llama_sampler_p, past_ids: Sequence[int] = ()) -> None:
+        """Add a sampler that goes by what was said before, and tell it."""
+        self._memories.append((sampler, past_ids))
+        for token_id in past_ids:
+            C.llama_sampler_accept(sampler, token_id)
+        self._add(sampler)
 
-def shortlist(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
+
+def shortlist(logits: Row, temperature: float, top_p: float, scratch: Row) -> NDArray[np.intp]:
     """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
     if temperature <= 0:
         return np.array([logits.argmax()])
-    weights = np.exp((logits - logits.max()) * np.float32(1 / temperature))
+    # In place: a new array of this size is fetched from the system, page by page, every time.
+    weights = np.subtract(logits, logits.max(), out=scratch)
+    weights *= np.float32(1 / temperature)
+    np.exp(weights, out=weights)
     mass = top_p * weights.sum()
     for least in (1e-4, 1e-7, 0.0):  # sort as few as possible: those above mostly hold the mass
         ids = np.flatnonzero(weights >= least)

@@ -71,6 +71,7 @@ class Rules:
     inline: bool = False  # give the text as it comes, tags and all
     stops: tuple[str, ...] = ()
     stop_scope: Literal["answer", "all"] = "answer"
+    penalty_scope: Literal["answer", "all"] = "answer"  # whether penalties on the answer count the thoughts
 
 
 class Outcome(NamedTuple):
@@ -110,6 +111,7 @@ class Thinking:
     force: Callable[[tuple[int, ...]], Any]  # the backends' `Force` and `Only`, handed in so that imports run down only
     only: Callable[[NDArray[np.uint32]], Any]
     grammar: Matcher | None = None  # the form that the answer is held to
+    forget: Any = None  # their `Forget`, too; None = penalties count on
     _splitter: Splitter = field(init=False)
     _stops: dict[Channel, StopStrings] = field(init=False)
     _loops: LoopDetector | None = field(init=False)
@@ -121,6 +123,7 @@ class Thinking:
     _inside_character: bool = field(init=False, default=False)
     _looping: bool = field(init=False, default=False)
     _resume_at_end: bool = field(init=False, default=False)
+    _forgot: bool = field(init=False, default=False)
     _newlines: int = field(init=False, default=0)  # tokens of these that may still come before the answer's form
     _form_begun: bool = field(init=False, default=False)
     _told: Matcher | None = field(init=False, default=None)  # the same form, as far as stop strings let the text out
@@ -179,6 +182,10 @@ class Thinking:
     def wish(self, logits: Callable[[], NDArray[np.float32]]) -> Any:
         """Before a token is drawn: nothing, or the tokens that close the thoughts, or all but those that would."""
         if self._splitter.state != "thinking":
+            if self._count.thinking and not self._forgot and self.rules.penalty_scope == "answer":
+                self._forgot = True
+                if self.forget is not None:
+                    return self.forget
             if self.grammar:
                 bits = self._formed(self.grammar)
                 return None if self.grammar.is_broken else self.only(bits)

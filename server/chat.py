@@ -62,6 +62,7 @@ def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
             inline=body.reasoning_format == "inline",
             stops=body.stops,
             stop_scope=body.stop_scope or "answer",
+            penalty_scope=body.penalty_scope or "answer",
         ),
         form=form,
         begun=begun,

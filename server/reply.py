@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from ..backends.base import FinishReason, Force, GenerationRequest, Only, PromptTooLong, Sampling, Token
+from ..backends.base import FinishReason, Force, Forget, GenerationRequest, Only, PromptTooLong, Sampling, Token
 from ..r1.grammar import Form, Matcher
 from ..r1.messages import CallDelta, Channel, Delta
 from ..r1.split import State
@@ -83,7 +83,9 @@ class Replies:
         self.created = int(time.time())
         self.usage = Usage(len(ask.prompt_ids))
         self.thinking = [
-            Thinking(model.tags, ask.rules, room, ask.state, force=Force, only=Only, grammar=_begin(ask))
+            Thinking(
+                model.tags, ask.rules, room, ask.state, force=Force, only=Only, forget=Forget(), grammar=_begin(ask)
+            )
             for _ in range(ask.n)
         ]
         self._parsers = [_parser(ask) for _ in range(ask.n)]

@@ -273,6 +273,7 @@ class ReasoningFields(_Fields):
     answer_reserve_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None  # kept free for the answer
     min_thinking_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stop_scope: Literal["answer", "all"] | None = None  # None = answer
+    penalty_scope: Literal["answer", "all"] | None = None  # None = answer
     preserve_thinking: bool | None = None  # keep the thoughts of earlier turns in the prompt
     empty_answer: Literal["close", "allow"] | None = None  # what an end inside the thoughts does
     break_loops: bool | None = None

@@ -28,7 +28,6 @@ if "server_fixtures" not in sys.modules:
 Process = sys.modules["server_fixtures"].Process
 
 SIGN_OF_LIFE = 41  # waits for the comment that comes after 15 s
-NOT_SCOPED_YET = {33}  # penalties count what was thought
 NOT_ON_ECHO = {20, 28, 35}  # no speculation, no KV cache
 
 
@@ -49,9 +48,9 @@ def test_there_are_44_cases_and_each_asks_a_question():
 
 def test_ours_passes_every_case_that_it_serves(echo):
     found = verdicts(echo.url, set(CASES) - {SIGN_OF_LIFE})
-    assert {number for number, verdict in found.items() if verdict == "fail"} == NOT_SCOPED_YET
+    assert {number for number, verdict in found.items() if verdict == "fail"} == set()
     assert {number for number, verdict in found.items() if verdict == "n/a"} == NOT_ON_ECHO
-    assert sum(verdict == "pass" for verdict in found.values()) == 43 - len(NOT_SCOPED_YET | NOT_ON_ECHO)
+    assert sum(verdict == "pass" for verdict in found.values()) == 43 - len(NOT_ON_ECHO)
 
 
 @pytest.mark.slow

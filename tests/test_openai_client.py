@@ -113,7 +113,7 @@ def test_the_model_is_listed(client):
 ERRORS: dict[str, tuple[type[openai.APIStatusError], dict[str, Any], str | None]] = {
     "a wrong value": (openai.BadRequestError, {"temperature": -1}, "temperature"),
     "no messages": (openai.BadRequestError, {"messages": []}, "messages"),
-    "a tool": (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    "sound": (openai.BadRequestError, {"modalities": ["audio"]}, "modalities"),
     "a prompt that does not fit": (openai.BadRequestError, {"messages": ask("x" * 5000)}, "messages"),
     "a model that is not here": (openai.NotFoundError, {"model": "gpt-4o"}, "model"),
 }

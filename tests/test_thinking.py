@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.backends.base import Force, GenerationRequest, Only, Sampling
+from stillhouse.backends.base import Force, Forget, GenerationRequest, Only, Sampling
 from stillhouse.backends.echo import Echo, EchoVocabulary
 from stillhouse.r1.thinking import CLOSING_PHRASE, Outcome, Rules, Tags, Thinking
 
@@ -214,3 +214,20 @@ def test_long_thoughts_cost_next_to_nothing():
         assert thinking.wish(lambda: None) is None
         thinking.see(300 + i % 997, words[i * i % 13], None)
     assert (time.perf_counter() - started) / 32_000 < 100e-6
+
+
+def test_penalties_on_the_answer_do_not_count_the_thoughts():
+    """Conformance case 33: an answer that may not use the words of its thoughts is no answer."""
+
+    def repeats(rules: Rules) -> str:
+        thinking = Thinking(TAGS, rules, 200, "thinking", force=Force, only=Only, forget=Forget())
+        backend = Echo(lambda _: VOCABULARY.encode("four</think>four"))
+        sampling = Sampling(temperature=0, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=10.0)
+        backend.add(GenerationRequest("a", [1], 200, sampling, steer=thinking))
+        heard = ""
+        while tokens := backend.step():
+            heard += "".join(d.text for t in tokens for d in t.note.deltas if d.channel == "answer")
+        return heard
+
+    assert repeats(Rules()) == "four"
+    assert repeats(Rules(penalty_scope="all")) != "four"
