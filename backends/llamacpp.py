@@ -5,6 +5,9 @@ read. A prompt, a forced run of tokens and a reply that lost its place in the ca
 that are known and not yet decoded (`todo`). When they are done, the next one is drawn.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
+
 from __future__ import annotations
 
 import ctypes
@@ -71,7 +74,6 @@ class LlamaCpp:
         )
         self._parallel = options.parallel
         self._batch = Batch(options.batch_tokens)
-        self._scratch = np.empty(self.vocabulary.size, np.float32)
         self._pace = Pace(options.batch_tokens)
         self._waiting: deque[_Running] = deque()
         self._idle: deque[_Running] = deque()  # work for when nothing else is to do
@@ -233,7 +235,7 @@ class LlamaCpp:
             logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
-            token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits, self._scratch)
+            token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits)
             token = draft.take(token_id, logprobs)
             if token:
                 tokens.append(token)

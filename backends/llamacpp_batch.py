@@ -1,5 +1,8 @@
 """What one `llama_decode` is given: whose tokens, and how many of them. Knows nothing of what they mean."""
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
+
 from __future__ import annotations
 
 import ctypes

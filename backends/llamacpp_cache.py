@@ -10,6 +10,9 @@ cells are left to sequences that nobody runs as cost little beside the weights.
 Either way what has to go moves to RAM and comes back when a prompt begins with it. Knows nothing of requests.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
+
 from __future__ import annotations
 
 import ctypes

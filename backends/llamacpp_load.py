@@ -1,5 +1,8 @@
 """A GGUF file into memory: what fits, the model, its adapters, its context. Knows nothing of requests."""
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
+
 from __future__ import annotations
 
 import ctypes

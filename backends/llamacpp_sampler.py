@@ -1,13 +1,17 @@
 """One sampler chain of llama.cpp per request, in the order that `sampling.py` lays down.
 
 A chain costs by the candidate: over a whole vocabulary, its softmax and sorting take longer than all else that a token
-costs outside `llama_decode`. So the likeliest tokens are shortlisted first where that is exact: the likeliest of all
-for a temperature of 0, the nucleus for top-p.
+costs outside `llama_decode`. So the likeliest tokens are shortlisted first where that is as good: the likeliest of all
+for a temperature of 0, the nucleus for top-p (its mass to 1 in 10,000).
 """
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import llama_cpp as C
@@ -19,6 +23,7 @@ from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import seed32
 
 Row = NDArray[np.float32]
+_LOST_MASS = 1e-4  # of all probability, at most, that is not looked at when a nucleus is measured
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run on across these
 
@@ -77,17 +82,16 @@ class LlamaSampler:
             self._add(C.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, seed))
         self._add(C.llama_sampler_init_dist(seed))
 
-    def sample(self, context: C.llama_context_p, place: int, logits: Row, scratch: Row) -> int:
+    def sample(self, context: C.llama_context_p, place: int, logits: Row) -> int:
         """Draw from the logits of one place in the batch, and remember the token.
 
-        `logits`, (vocabulary,), is llama.cpp's own row of that place: biases are added to it where it lies. `scratch`
-        is as long, and anybody's.
+        `logits`, (vocabulary,), is llama.cpp's own row of that place: biases are added to it where it lies.
         """
         if self._biased.size:
             logits[self._biased] += self._biases
         if self._top_p is None:
             return C.llama_sampler_sample(self._chain, context, place)
-        ids = shortlist(logits, self._temperature, self._top_p, scratch)
+        ids = shortlist(logits, self._temperature, self._top_p)
         candidates = np.empty(ids.size, _CANDIDATE)
         candidates["id"], candidates["logit"] = ids, logits[ids]
         data = candidates.ctypes.data_as(C.llama_token_data_p)
@@ -123,20 +127,20 @@ class LlamaSampler:
         self._add(sampler)
 
 
-def shortlist(logits: Row, temperature: float, top_p: float, scratch: Row) -> NDArray[np.intp]:
+def shortlist(logits: Row, temperature: float, top_p: float) -> NDArray[np.intp]:
     """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
     if temperature <= 0:
         return np.array([logits.argmax()])
-    # In place: a new array of this size is fetched from the system, page by page, every time.
-    weights = np.subtract(logits, logits.max(), out=scratch)
-    weights *= np.float32(1 / temperature)
-    np.exp(weights, out=weights)
+    best = logits.max()
+    ids = np.flatnonzero(logits >= best - np.float32(temperature * math.log(logits.size / _LOST_MASS)))
+    weights = np.exp((logits[ids] - best) * np.float32(1 / temperature))
     mass = top_p * weights.sum()
-    for least in (1e-4, 1e-7, 0.0):  # sort as few as possible: those above mostly hold the mass
-        ids = np.flatnonzero(weights >= least)
-        chosen = weights[ids]
+    for least in (1e-4, 0.0):  # sort as few as possible: those above mostly hold the mass
+        likely = np.flatnonzero(weights >= least)
+        chosen = weights[likely]
         if chosen.sum() >= mass:
             break
+    ids = ids[likely]
     order = np.argsort(-chosen, kind="stable")
     count = int(np.searchsorted(np.cumsum(chosen[order]), mass)) + 1
     return ids[order[:count]]

@@ -1,5 +1,8 @@
 """The vocabulary of a GGUF model. llama.cpp only reads it, so any thread may ask."""
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# llama-cpp-python's stubs make every handle optional and every integer a C type.
+
 from __future__ import annotations
 
 import ctypes

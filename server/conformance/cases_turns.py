@@ -215,7 +215,7 @@ def a_sign_of_life(target: Target) -> str:
     """Does a stream that has nothing to show yet say that it lives, before a proxy cuts it?"""
     crowd = threading.Event()  # set = go home
     if target.is_scripted:
-        bodies = [target.scripted(count_up(600), n=64, break_loops=False, max_tokens=3500)] * 4
+        bodies = [target.scripted(count_up(600), n=64, break_loops=False, max_tokens=3500)] * 16
     else:
         bodies = [target.body("Write a long story, of many chapters.", max_tokens=_longest(target))]
         bodies *= _places(target) + 1
