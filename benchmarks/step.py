@@ -49,7 +49,7 @@ def main() -> None:
     opened = open_backend((arguments.model,), LoadOptions(parallel=arguments.streams, threads=arguments.threads))
     vocabulary = opened.backend.vocabulary
     tags = Tags.of(vocabulary.control, vocabulary.end_ids, vocabulary.size, vocabulary.encode)
-    clock = Clock(llamacpp, "llama_decode", "llama_sampler_sample")
+    clock = Clock(llamacpp, "llama_decode", "llama_sampler_sample", "llama_sampler_apply", "llama_sampler_accept")
     assert llamacpp.C is llamacpp_sampler.C  # one patch reaches both
     engine = Engine(opened.backend)
     shares, step_ms = [], []

@@ -155,7 +155,7 @@ def penalties_and_the_thoughts(target: Target) -> str:
         expect((reply.reasoning, reply.content) == ("eabecdefge", "ehiejke"), f"the answer is bent: {reply.shown()}")
         return reply.shown()
     bias = {str(target.token_id(word)): weight for word, weight in ((TWO, 100), (CLOSE, 75), (FOUR, 45))}
-    reply = target.both(target.steered(TWO, CLOSE, logit_bias=bias, max_tokens=24))
+    reply = target.both(target.steered(TWO, CLOSE, logit_bias=bias, max_tokens=24, penalty_scope="answer"))
     steered(reply, "two")
     if CLOSE not in reply.content and not reply.content:
         raise NotApplicable(f"the model could not be steered: {reply.shown()}")

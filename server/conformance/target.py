@@ -141,6 +141,8 @@ class Target:
                 "logit_bias": bias,
                 "repetition_penalty": 10,
                 "repeat_penalty": 10,  # llama.cpp's name for it
+                # Ours: count what was thought, or the tag would be said again; the default is what case 33 asks about.
+                "penalty_scope": "all",
                 "max_tokens": 64,
             }
             | fields,
