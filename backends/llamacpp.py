@@ -140,7 +140,8 @@ class LlamaCpp:
         kept: deque[_Running] = deque()
         while queue and len(self._running) < self._parallel:
             reply = queue.popleft()
-            if self._cache.reuses and self._soon(reply) >= self._cache.found(reply.todo) + _WORTH_WAITING:
+            soon = self._soon(reply) if self._cache.reuses else 0
+            if soon >= _WORTH_WAITING and soon >= self._cache.found(reply.todo) + _WORTH_WAITING:
                 kept.append(reply)
                 continue
             sequence = self._cache.begin(reply.todo)
