@@ -21,6 +21,7 @@ from .schema import ChatRequest
 from .stream import DONE
 from .surface import ask_for, check_calls, check_model, form_of, logprob_json, usage_json
 
+_HOLE = "\0"  # where a frame takes its text
 _STATES: dict[str, State] = {"open": "thinking", "closed": "answering", "unsaid": "undecided"}
 
 
@@ -141,6 +142,7 @@ class _Shape:
             self.head["thinking_limit"] = {"tokens": tokens, "by": by, "clamped": asked is not None and tokens < asked}
         if self.include_usage:
             self.head["usage"] = None  # as OpenAI has it: null in every chunk but the last
+        self._frames: dict[tuple[int, Channel], list[bytes]] = {}
         self._start = b"data: " + json.dumps(self.head)[:-1].encode() + b', "choices": ['
 
     def event(self, choice: dict[str, Any]) -> bytes:
@@ -173,10 +175,12 @@ class _Shape:
             logs = _logprobs(entries)
         events = []
         for delta in piece.deltas:
-            if fields := self.fields(delta.channel, delta.text):
+            if not logs:
+                if event := self._text_event(piece.choice, delta.channel, delta.text):
+                    events.append(event)
+            elif fields := self.fields(delta.channel, delta.text):
                 choice: dict[str, Any] = {"index": piece.choice, "delta": fields, "finish_reason": None}
-                if logs:  # told once, with the first delta of its token
-                    choice["logprobs"], logs = logs, None
+                choice["logprobs"], logs = logs, None  # told once, with the first delta of its token
                 events.append(self.event(choice))
         if piece.calls:
             delta = {"tool_calls": [_call_delta_json(call) for call in piece.calls]}
@@ -189,6 +193,15 @@ class _Shape:
                 choice["reasoning_closed_by"] = piece.outcome.closed_by
             events.append(self.event(choice))
         return events
+
+    def _text_event(self, choice: int, channel: Channel, text: str) -> bytes:
+        """The chunk of a delta that is nothing but text; b"" where it is hidden. Only the text is new each time."""
+        frame = self._frames.get((choice, channel))
+        if frame is None:
+            fields = self.fields(channel, _HOLE)
+            chunk = self.event({"index": choice, "delta": fields, "finish_reason": None}) if fields else b""
+            frame = self._frames[choice, channel] = chunk.split(json.dumps(_HOLE).encode())
+        return json.dumps(text).encode().join(frame)
 
 
 class _Gathered:
