@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -44,9 +45,22 @@ def r1_vocabulary_path() -> Path:
 @pytest.fixture(scope="session")
 def random_model() -> ModuleType:
     """`random_model.py`, which writes llamas with random weights."""
-    spec = importlib.util.spec_from_file_location("random_model", Path(__file__).with_name("random_model.py"))
+    return _beside("random_model")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint() -> ModuleType:
+    """`random_checkpoint.py`, which writes folders with random weights as a hub has them."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install stillhouse[torch]")
+    return _beside("random_checkpoint")
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
