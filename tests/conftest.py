@@ -12,8 +12,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from stillhouse.backends.base import LoadOptions
+from stillhouse.backends.base import Backend, LoadOptions
 from stillhouse.backends.llamacpp import LlamaCpp
+from stillhouse.backends.open import open_backend
 from stillhouse.r1.catalog import embedded_file
 from stillhouse.r1.gguf import read_header
 
@@ -69,6 +70,25 @@ def _beside(name: str) -> ModuleType:
 def random_path(random_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama with random weights, of half a megabyte."""
     return random_model.write_model(tmp_path_factory.mktemp("models") / "random.gguf")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(random_checkpoint: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with random weights, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "random-qwen2"
+    return random_checkpoint.write_checkpoint(folder, random_checkpoint.random_model("qwen2"))
+
+
+@pytest.fixture
+def open_checkpoint() -> Callable[..., Backend]:
+    """Opens a folder with PyTorch or MLX and some `LoadOptions`; skips where it is not installed."""
+
+    def open_checkpoint(backend: str, folder: Path, **options: Any) -> Backend:
+        pytest.importorskip({"mlx": "mlx_lm", "pytorch": "torch"}[backend], reason=f"{backend} is not installed")
+        chosen = LoadOptions(**{"context": 1024, "threads": 1, "backend": backend} | options)
+        return open_backend(sorted(folder.glob("*.safetensors")), chosen).backend
+
+    return open_checkpoint
 
 
 @pytest.fixture
