@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values: (layers, places, cells, kv_heads, head) each. A place is one sequence's."""
+    """Keys and values: (layers, places, kv_heads, cells, head) each. A place is one sequence's."""
 
     keys: Tensor
     values: Tensor
@@ -111,7 +111,7 @@ class Decoder:
 
     def new_cache(self, places: int, cells: int) -> Cache:
         """An empty cache. The memory of a CPU is taken as it is written, a GPU's at once."""
-        size = (self.shape.layers, places, cells, self.shape.kv_heads, self.shape.head)
+        size = (self.shape.layers, places, self.shape.kv_heads, cells, self.shape.head)
         # Zeros: a masked cell is multiplied by nothing, and nothing times what happens to lie there may be no number.
         keys, values = (torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(2))
         return Cache(keys, values)
@@ -155,7 +155,7 @@ class _Layer:
         self._gate_up = _joined(mlp.gate_proj, mlp.up_proj) if join else None
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
-        """(N, width) -> (N, width). `keys` and `values` are this layer's: (places, cells, kv_heads, head)."""
+        """(N, width) -> (N, width). `keys` and `values` are this layer's: (places, kv_heads, cells, head)."""
         shape, attention = self._shape, self._attention
         normed = F.rms_norm(x, self._width, self._before.weight, self._eps)
         count = x.shape[0]
@@ -171,8 +171,8 @@ class _Layer:
             qk = torch.cat((attention.q_norm(q), attention.k_norm(k)), dim=1)
         qk = torch.addcmul(qk * cos, qk.roll(shape.head // 2, dims=-1), sin)
         q, k = qk.split((shape.heads, shape.kv_heads), dim=1)
-        keys[batch.places, batch.positions] = k
-        values[batch.places, batch.positions] = v.view(count, shape.kv_heads, shape.head)
+        keys[batch.places, :, batch.positions] = k
+        values[batch.places, :, batch.positions] = v.view(count, shape.kv_heads, shape.head)
         x = x + _project(attention.o_proj, self._attend(q, keys, values, batch))
         normed = F.rms_norm(x, self._width, self._after.weight, self._eps)
         if self._gate_up is not None:
@@ -191,14 +191,14 @@ class _Layer:
             # The heads that share keys stand where a sequence's tokens would: none of the keys is copied.
             mine = q[done : done + rows.count].view(rows.count, shape.kv_heads, group, shape.head)
             places = slice(rows.first, rows.first + rows.count)
-            k, v = (cells[places, : rows.longest].transpose(1, 2) for cells in (keys, values))
-            out = F.scaled_dot_product_attention(mine, k, v, attn_mask=rows.mask, scale=self._scale)
-            parts.append(out.reshape(rows.count, self._q))
+            k, v = (cells[places, :, : rows.longest] for cells in (keys, values))
+            attend = _attend_by_products if q.is_cuda else F.scaled_dot_product_attention
+            parts.append(attend(mine, k, v, attn_mask=rows.mask, scale=self._scale).reshape(rows.count, self._q))
             done += rows.count
         for chunk in batch.chunks:
             mine = q[done : done + chunk.count].transpose(0, 1)[None]  # (1, heads, count, head)
             end = chunk.start + chunk.count
-            k, v = (cells[chunk.place, :end].transpose(0, 1)[None] for cells in (keys, values))
+            k, v = (cells[chunk.place : chunk.place + 1, :, :end] for cells in (keys, values))
             mask = None if chunk.start == 0 else _causal(chunk, q.device)
             out = F.scaled_dot_product_attention(
                 mine, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=group > 1
@@ -206,6 +206,18 @@ class _Layer:
             parts.append(out[0].transpose(0, 1).reshape(chunk.count, self._q))
             done += chunk.count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of a few queries a sequence, as two products: (R, kv_heads, G, head) over (R, kv_heads, cells, head).
+
+    A GPU's attention kernels give each head of each sequence to one core, which reads its keys alone; products are
+    spread over all cores.
+    """
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def _causal(chunk: Chunk, device: torch.device) -> Tensor:
