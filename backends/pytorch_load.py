@@ -5,7 +5,6 @@ The files have been checked before (`checkpoint.py`, `r1/gguf.py`); what is told
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ import transformers
 from torch import nn
 
 from ..r1.errors import BadModelFile, UserError
-from ..r1.gguf import kv_bytes_per_token, read_header
+from ..r1.gguf import Header, kv_bytes_per_token, read_header
 from . import machine
 from .base import LoadOptions, Vocabulary
 from .checkpoint import Checkpoint
@@ -29,26 +28,13 @@ from .pytorch import PyTorch
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _LEAST_CONTEXT = 4096  # a context that nobody asked for is not cut below this to have more places
-_NEEDED = {  # quantization -> package that transformers loads it with
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "gptq": "gptqmodel",
-    "awq": "gptqmodel",
-    "compressed-tensors": "compressed_tensors",
-}
 
 
-class Loaded(NamedTuple):
-    """A backend, and what else its files say."""
+def open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions) -> tuple[PyTorch, str | None]:
+    """A checkpoint that has been read, or a GGUF file, as a backend, with its chat template.
 
-    backend: PyTorch
-    chat_template: str | None
-    begin_text: str  # the begin- and end-of-sequence tokens as templates write them
-    end_text: str
-
-
-def open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions) -> Loaded:
-    """Load a checkpoint that has been read, or the parts of a GGUF file. Raises `UserError` and `BadModelFile`."""
+    Raises `UserError` and `BadModelFile`.
+    """
     device = choose_device(options)
     _check_options(options)
     if isinstance(source, Checkpoint):
@@ -101,10 +87,8 @@ def _check_options(options: LoadOptions) -> None:
         )
 
 
-def _open_checkpoint(checkpoint: Checkpoint, device: torch.device, options: LoadOptions) -> Loaded:
+def _open_checkpoint(checkpoint: Checkpoint, device: torch.device, options: LoadOptions) -> tuple[PyTorch, str | None]:
     quantization = checkpoint.quantization
-    if quantization:
-        _check_quantization(quantization.method, checkpoint.folder.name)
     dtype = choose_dtype(checkpoint.dtype, device, options)
     size = checkpoint.weights_bytes
     if not quantization:
@@ -121,11 +105,10 @@ def _open_checkpoint(checkpoint: Checkpoint, device: torch.device, options: Load
     )
     rows = module.get_output_embeddings().weight.shape[0] if not quantization else checkpoint.config["vocab_size"]
     vocabulary = read_vocabulary(checkpoint.folder, rows)
-    backend = _start(module, vocabulary, room, options)
-    return Loaded(backend, read_chat_template(checkpoint.folder), *vocabulary.boundary_texts())
+    return _start(module, vocabulary, room, options), read_chat_template(checkpoint.folder)
 
 
-def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptions) -> Loaded:
+def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptions) -> tuple[PyTorch, str | None]:
     header = read_header(paths[0])
     if len(paths) > 1:
         raise UserError(
@@ -137,12 +120,30 @@ def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptio
     need = Need(header.parameters * dtype.itemsize, per_token, header.context_length)
     room = _room(need, device, options)
     vocabulary = _gguf_vocabulary(paths[0])
-    config = transformers.GgufConfig(dequantize=True)
     module = _load(
-        paths[0].parent, device, dtype=dtype, gguf_file=paths[0].name, quantization_config=config, is_quantized=False
+        paths[0].parent,
+        device,
+        dtype=dtype,
+        config=_gguf_config(paths[0], header),
+        gguf_file=paths[0].name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        is_quantized=False,
     )
-    backend = _start(module, vocabulary, room, options)
-    return Loaded(backend, header.chat_template, *vocabulary.boundary_texts())
+    return _start(module, vocabulary, room, options), header.chat_template
+
+
+def _gguf_config(path: Path, header: Header) -> Any:
+    """The module's settings, with the size of a head, which transformers takes for granted. Raises `BadModelFile`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:
+        raise BadModelFile(
+            f"transformers cannot read {path.name}: {_words(error)}", "serve it through llama.cpp"
+        ) from None
+    head = header.metadata.get(f"{header.architecture}.attention.key_length")
+    if isinstance(head, int):
+        config.head_dim = head
+    return config
 
 
 def _gguf_vocabulary(path: Path) -> LlamaVocabulary:
@@ -186,6 +187,7 @@ def _free(device: torch.device) -> tuple[int, str]:
 
 def _load(folder: Path, device: torch.device, *, is_quantized: bool, **options: Any) -> Any:
     """The module, from files on this disk. Raises `BadModelFile` in transformers' words."""
+    name = options.get("gguf_file", folder.name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -197,12 +199,12 @@ def _load(folder: Path, device: torch.device, *, is_quantized: bool, **options: 
             )
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the weights of {folder.name} do not fit into the GPU's memory: {_words(error)}",
+            f"the weights of {name} do not fit into the GPU's memory: {_words(error)}",
             "choose a smaller model or quantization, or --gpu-layers 0 for the CPU",
         ) from None
     except Exception as error:  # transformers, safetensors and the quantizers raise whatever comes to their mind
         hint = "its quantization may not run on this machine" if is_quantized else "pull it again"
-        raise BadModelFile(f"transformers cannot load {folder.name}: {_words(error)}", hint) from None
+        raise BadModelFile(f"transformers cannot load {name}: {_words(error)}", hint) from None
     return module.eval().requires_grad_(False)
 
 
@@ -222,16 +224,6 @@ def _start(module: nn.Module, vocabulary: Vocabulary, room: _Room, options: Load
             f"there is no memory for {room.places} contexts of {room.context} tokens: {_words(error)}",
             "lower --context or --parallel",
         ) from None
-
-
-def _check_quantization(method: str, name: str) -> None:
-    if method == "mlx":
-        raise UserError(
-            f"{name} is quantized for MLX, which runs on Macs", "serve it with --backend mlx, or choose a GGUF file"
-        )
-    package = _NEEDED.get(method)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"{name} is quantized with {method}; {package} is not installed", f"pip install {package}")
 
 
 def _words(error: BaseException) -> str:
