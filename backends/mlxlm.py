@@ -81,10 +81,10 @@ class MlxLm:
 
     def step(self) -> list[Token]:
         """A chunk of the prompts, and one drawn token for every reply that has nothing left to decode."""
-        self._admit()
-        if not self._running:
-            return []
         try:
+            self._admit()
+            if not self._running:
+                return []
             self._read()
             drawing, logits = self._advance()
         except Exception as error:  # mostly memory; the library has no family of errors of its own

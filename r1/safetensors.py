@@ -72,7 +72,7 @@ def read_safetensors(path: str | Path) -> SafetensorsHeader:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata is not made of texts")
     start = 8 + length
-    tensors = sorted((_tensor(path, name, entry, start) for name, entry in told.items()), key=lambda t: t.offset)
+    tensors = sorted((_tensor(path, name, entry, start) for name, entry in told.items()), key=_place)
     place = start
     for tensor in tensors:
         if tensor.offset != place:
@@ -89,7 +89,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _damaged(path, f"the entry of `{_shown(name)}` is no object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(path, f"the tensor `{_shown(name)}` has the unknown type {_shown(dtype)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the tensor `{_shown(name)}` has no proper shape or place")
@@ -97,6 +97,10 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if size % 8 or offsets[1] - offsets[0] != size // 8:
         raise _damaged(path, f"the tensor `{_shown(name)}` has {offsets[1] - offsets[0]:,} bytes for {size // 8:,}")
     return StoredTensor(name, dtype, tuple(shape), start + offsets[0], size // 8)
+
+
+def _place(tensor: StoredTensor) -> tuple[int, int]:
+    return tensor.offset, tensor.size
 
 
 def _counts(value: Any) -> bool:

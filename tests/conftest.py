@@ -84,7 +84,8 @@ def open_checkpoint() -> Callable[..., Backend]:
     """Opens a folder with PyTorch or MLX and some `LoadOptions`; skips where it is not installed."""
 
     def open_checkpoint(backend: str, folder: Path, **options: Any) -> Backend:
-        pytest.importorskip({"mlx": "mlx_lm", "pytorch": "torch"}[backend], reason=f"{backend} is not installed")
+        if importlib.util.find_spec({"mlx": "mlx_lm", "pytorch": "torch"}[backend]) is None:
+            pytest.skip(f'{backend} is not installed: pip install "stillhouse[mlx,torch]"')
         chosen = LoadOptions(**{"context": 1024, "threads": 1, "backend": backend} | options)
         return open_backend(sorted(folder.glob("*.safetensors")), chosen).backend
 
