@@ -186,7 +186,8 @@ def test_a_local_checkpoint_is_a_folder(tmp_path):
 
 
 NOT_FOUND = {
-    "org/Pickles": "org/Pickles has neither GGUF nor safetensors files, only pickles, which can run any program when they are loaded",
+    "org/Pickles": "org/Pickles has neither GGUF nor safetensors files, only pickles, which can run any program when "
+    "they are loaded",
     "org/Many-GGUF": "org/Many-GGUF has no Q4_K_M; it has Q5_K_M, Q8_0",
     "org/Many-GGUF:Q2_K": "org/Many-GGUF has no Q2_K; it has Q5_K_M, Q8_0",
     "org/Twins-GGUF": "org/Twins-GGUF has 2 models in Q4_K_M: A-Q4_K_M.gguf, B-Q4_K_M.gguf",
