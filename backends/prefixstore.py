@@ -18,7 +18,7 @@ class Stored(NamedTuple):
     """One sequence: its tokens, and the bytes that bring it back."""
 
     tokens: array[int]
-    data: Any  # anything with a length in bytes
+    data: Any  # anything with a length in bytes (or another unit, the same as the store's limit)
 
 
 class PrefixStore:
@@ -48,7 +48,11 @@ class PrefixStore:
         self._entries[key] = entry
         insort(self._order, key)
         self.size += len(entry.data)
-        while self.size > self._most:
+        self.shrink(self._most)
+
+    def shrink(self, size: int) -> None:
+        """Forget the sequences that were used least recently, until the rest takes no more than `size`."""
+        while self.size > size:
             self._drop(next(iter(self._entries)))
 
     def longest_prefix(self, prompt: array[int]) -> tuple[Stored | None, int]:

@@ -54,8 +54,9 @@ def _serve(argv: list[str]) -> int:
     def announce(model: ServedModel, url: str) -> None:
         backend = model.engine.backend
         size = backend.load().cache_size
+        why = f" ({model.reason})" if model.reason else ""
         print(
-            f"{model.name} ({model.source}) on {backend.name}: {model.context_length} tokens of context, "
+            f"{model.name} ({model.source}) on {backend.name}{why}: {model.context_length} tokens of context, "
             f"{options.parallel} replies at once, {size} tokens of KV cache\n"
             f"ready: {url}/v1 for OpenAI clients; {url}/ in a browser",
             file=sys.stderr,

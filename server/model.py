@@ -30,6 +30,7 @@ class ServedModel:
     grammars: Grammars
     advice: Advice
     source: str  # where the files came from, in words
+    reason: str = ""  # why this backend, in words
     aliases: frozenset[str] = frozenset()
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
 
@@ -88,4 +89,5 @@ def serve_opened(
         grammars=Grammars(vocabulary),
         advice=advice or (R1_ADVICE if template.is_r1 else _ADVICE_ELSE),
         source=source,
+        reason=opened.reason,
     )

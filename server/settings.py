@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.base import LoadOptions
+from ..backends.open import BACKENDS
 from ..r1.catalog import DEFAULT_MODEL
 from ..r1.errors import UserError
 
@@ -37,12 +39,23 @@ class Settings:
 def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
     """The flags that say which model, and how it is loaded."""
     default = _environment("MODEL") or DEFAULT_MODEL
-    words = f"catalogue name, GGUF file, hub id (org/repo[:quantization]) or `echo`; default {DEFAULT_MODEL}"
+    words = (
+        "catalogue name, GGUF file, checkpoint folder, hub id (org/repo[:quantization]) or `echo`; "
+        f"default {DEFAULT_MODEL}"
+    )
     if positional:
         parser.add_argument("model", nargs="?", default=default, help=words)
     else:
         parser.add_argument("--model", default=default, help=words)
     group = parser.add_argument_group("model")
+    _flag(
+        group,
+        "--backend",
+        type=_one_of("auto", *BACKENDS),
+        default="auto",
+        metavar="NAME",
+        help="auto, llama.cpp, pytorch or mlx; auto goes by the files, the machine and what is installed",
+    )
     _flag(
         group,
         "--context",
@@ -61,7 +74,14 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     )
     _flag(group, "--threads", type=_positive, metavar="N", help="compute threads; default: the physical cores")
     _flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
-    _flag(group, "--flash-attention", type=_switch, default="auto", metavar="auto|on|off", help="default auto")
+    _flag(
+        group,
+        "--flash-attention",
+        type=_one_of("auto", "on", "off"),
+        default="auto",
+        metavar="auto|on|off",
+        help="default auto",
+    )
     _flag(
         group,
         "--batch-tokens",
@@ -71,7 +91,25 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
         help="tokens a step decodes at most (default 512)",
     )
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a GGUF adapter; may be repeated"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="an adapter of the backend's kind; may be repeated",
+    )
+    _flag(
+        group,
+        "--dtype",
+        type=_one_of("auto", "f32", "bf16", "f16"),
+        default="auto",
+        metavar="TYPE",
+        help="what PyTorch computes in: auto, f32, bf16 or f16",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python files that come with a checkpoint"
+    )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="load weights from files that can hold programs (PyTorch's .bin)"
     )
     _flag(group, "--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's own")
     _flag(group, "--alias", metavar="NAME", help="serve the model under this name")
@@ -110,6 +148,10 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
         flash_attention={"auto": None, "on": True, "off": False}[arguments.flash_attention],
         batch_tokens=max(arguments.batch_tokens, arguments.parallel),
         loras=tuple(_lora(text) for text in arguments.lora),
+        backend=arguments.backend,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        allow_pickle=arguments.allow_pickle,
     )
 
 
@@ -195,10 +237,15 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else _whole(text, 0, 10_000)
 
 
-def _switch(text: str) -> str:
-    if text not in ("auto", "on", "off"):  # argparse checks `choices` for flags, and not for the environment
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, on or off")
-    return text
+def _one_of(*names: str) -> Callable[[str], str]:
+    """argparse checks `choices` for flags, and not for the environment; a type is checked for both."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(names[:-1])} or {names[-1]}")
+        return text
+
+    return check
 
 
 def _seconds(text: str) -> float:
