@@ -30,10 +30,14 @@ from .app import Service, create_app
 from .model import ServedModel
 from .settings import Settings
 
+# For Python's own 5 ms, longer than a step of a small model, a thread that renders a prompt could hold up the engine's.
+_SWITCH_S = 0.0005
+
 
 def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callable[[ServedModel, str], None]) -> int:
     """Listen, load, answer until told to stop; the exit code. Raises `UserError` where it cannot start."""
     listener = _bind(settings.host, settings.port)
+    sys.setswitchinterval(_SWITCH_S)
     port = listener.getsockname()[1]
     service = Service(settings)
     server = _Server(
