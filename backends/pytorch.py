@@ -132,7 +132,8 @@ class PyTorch:
     def close(self) -> None:
         """Let go of the cache, and of the module."""
         self._give_up()
-        del self._cache, self._graphs, self._decoder, self._module
+        self._cache.close()
+        del self._graphs, self._decoder, self._module, self._parameters
 
     # A step, phase by phase
 

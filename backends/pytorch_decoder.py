@@ -200,8 +200,16 @@ class _Layer:
             end = chunk.start + chunk.count
             k, v = (cells[chunk.place : chunk.place + 1, :, :end] for cells in (keys, values))
             mask = None if chunk.start == 0 else _causal(chunk, q.device)
+            if mask is not None and q.is_cuda:  # its kernels take shared keys or a mask, not both
+                k, v = (heads.repeat_interleave(group, dim=1) for heads in (k, v))
             out = F.scaled_dot_product_attention(
-                mine, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=group > 1
+                mine,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._scale,
+                enable_gqa=k.shape[1] < shape.heads,
             )
             parts.append(out[0].transpose(0, 1).reshape(chunk.count, self._q))
             done += chunk.count
