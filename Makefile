@@ -19,8 +19,8 @@ serve: $(VENV)/.demo  ## install what is needed, and serve the embedded small mo
 test: $(VENV)/.dev  ## install what is needed, and run the tests (make test MARK= runs the slow ones too)
 	@$(BIN)/python -m pytest -m "$(MARK)" $(ARGS)
 
-test-all:  ## the slow tests too: real models, whole servers
-	@$(MAKE) --no-print-directory test MARK=
+test-all: $(VENV)/.all  ## PyTorch, MLX and others' clients too, and the slow tests: real models, whole servers
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	@$(BIN)/ruff check .
@@ -50,6 +50,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@$(call install,.[demo$(comma)dev])
 	@touch $(VENV)/.demo $@
 
+$(VENV)/.all: pyproject.toml | $(BIN)/python
+	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)clients],$(TORCH_INDEX))
+	@touch $(VENV)/.demo $(VENV)/.dev $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo 'error: $(PYTHON) is missing or older than Python 3.10; say which one to take: make PYTHON=python3.12' >&2; exit 2; }
@@ -58,6 +62,9 @@ $(BIN)/python:
 	@$@ -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' || $@ -m pip install -q --upgrade pip
 
 comma := ,
+
+# On Linux PyPI's torch brings gigabytes of CUDA along; without such a GPU, the CPU's own build is taken.
+TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu))
 
 # llama-cpp-python comes as source. Its compilation is silent for minutes, so a line every 15 s says that it is alive.
 define install
@@ -72,5 +79,5 @@ fi; \
 shell=$$$$; waited=0; \
 (while sleep 15 >/dev/null 2>&1 && kill -0 $$shell 2>/dev/null; do waited=$$((waited + 15)); echo "  still installing, $$waited s"; done) & \
 ticker=$$!; trap 'kill $$ticker 2>/dev/null || true' EXIT; trap 'exit 130' INT TERM; \
-$(BIN)/python -m pip install -qq --disable-pip-version-check -e '$(1)'
+$(BIN)/python -m pip install -qq --disable-pip-version-check $(2) -e '$(1)'
 endef

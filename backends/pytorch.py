@@ -79,12 +79,12 @@ class PyTorch:
         self._parameters = [] if own else list(module.parameters())
         self._version = -1
         with torch.inference_mode():
-            self._decoder.prepare(context)
             # One cell more than a context has: a CUDA graph writes rows that decode nothing somewhere.
-            tensors = self._decoder.new_cache(parallel, -(-(context + 1) // _CELLS) * _CELLS)
+            self._cells = -(-(context + 1) // _CELLS) * _CELLS
+            self._decoder.prepare(self._cells)
+            tensors = self._decoder.new_cache(parallel, self._cells)
         self._cache = TorchCache(tensors, context)
         self._graphs = Graphs(self._decoder, tensors) if own and self._decoder.device.type == "cuda" else None
-        self._cells = tensors.keys.shape[3]
         self._parallel = parallel
         self._batch_tokens = max(batch_tokens, parallel + 1)
         self._pace = Pace(batch_tokens)
@@ -132,7 +132,8 @@ class PyTorch:
     def close(self) -> None:
         """Let go of the cache, and of the module."""
         self._give_up()
-        del self._cache, self._graphs, self._decoder, self._module
+        self._cache.close()
+        del self._graphs, self._decoder, self._module, self._parameters
 
     # A step, phase by phase
 

@@ -103,6 +103,11 @@ class TorchCache:
             self._cache.drop(sequence)
         self._store.clear()
 
+    def close(self) -> None:
+        """Give the memory back. Only the books may be looked at after it."""
+        del self.tensors
+        self._store.clear()
+
     def _save(self, sequence: CachedSequence) -> _Saved:
         keys, values = (cells[:, sequence.id, :, : sequence.length].cpu() for cells in self.tensors)
         return _Saved(keys.clone(), values.clone())

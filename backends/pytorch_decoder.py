@@ -116,15 +116,15 @@ class Decoder:
         keys, values = (torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(2))
         return Cache(keys, values)
 
-    def prepare(self, context: int) -> None:
+    def prepare(self, cells: int) -> None:
         """Reckon the rotations of all positions, as the module would for each."""
-        positions = torch.arange(context, device=self.device)[None]
+        positions = torch.arange(cells, device=self.device)[None]
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = self._model.rotary_emb(like, positions)
         half = cos.shape[-1] // 2
         # rotate_half folded into the sine: x * cos + (x's halves swapped) * sin, the first half of sin negated
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._rotations = cos[0, :, None].contiguous(), sin[0, :, None].contiguous()  # (context, 1, head)
+        self._rotations = cos[0, :, None].contiguous(), sin[0, :, None].contiguous()  # (cells, 1, head)
 
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """Write the batch into the cache and give the logits that are wanted: (R, vocabulary), in its own dtype."""
@@ -200,8 +200,16 @@ class _Layer:
             end = chunk.start + chunk.count
             k, v = (cells[chunk.place : chunk.place + 1, :, :end] for cells in (keys, values))
             mask = None if chunk.start == 0 else _causal(chunk, q.device)
+            if mask is not None and q.is_cuda:  # its kernels take shared keys or a mask, not both
+                k, v = (heads.repeat_interleave(group, dim=1) for heads in (k, v))
             out = F.scaled_dot_product_attention(
-                mine, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=group > 1
+                mine,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._scale,
+                enable_gqa=k.shape[1] < shape.heads,
             )
             parts.append(out[0].transpose(0, 1).reshape(chunk.count, self._q))
             done += chunk.count

@@ -36,7 +36,7 @@ class Graphs:
         index = torch.tensor(places)
         self._staged[0, index] = torch.tensor(ids)
         self._staged[1, index] = torch.tensor(positions)
-        self._inputs.copy_(self._staged, non_blocking=True)
+        self._inputs.copy_(self._staged)
         if (count, cells) not in self._graphs:
             self._graphs[count, cells] = self._capture(count, cells)
         graph, logits = self._graphs[count, cells]
