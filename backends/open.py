@@ -9,6 +9,9 @@ from typing import NamedTuple
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
 from .base import Backend, LoadOptions
+from .scorer import Scorer
+
+PYTORCH_INSTALL = 'pip install "stillhouse[torch]"'
 
 
 class Opened(NamedTuple):
@@ -37,6 +40,23 @@ def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
     from .echo import Echo
 
     return Opened(Echo(parallel=parallel, context_length=context or 4096), None, "<|begin|>", "<|end|>")
+
+
+def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) -> Scorer:
+    """Load a model to read texts of at most `context` tokens with: a GGUF file, or a checkpoint's safetensors."""
+    if not paths:
+        raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
+    if paths[0].suffix == ".gguf":
+        for path in paths:
+            read_header(path)  # every byte count is checked before any C code reads the file
+        from .llamacpp_scorer import LlamaScorer
+
+        return LlamaScorer(tuple(paths), options, context=context)
+    try:
+        from .pytorch_scorer import TorchScorer
+    except ImportError as error:
+        raise UserError(f"PyTorch or transformers is not installed: {error}", PYTORCH_INSTALL) from None
+    return TorchScorer(paths[0].parent, options)
 
 
 def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions) -> Opened:
