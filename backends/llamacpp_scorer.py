@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class LlamaScorer:
         """Read a text; after each run of positions that were asked for, how many they are."""
         C.llama_memory_clear(C.llama_get_memory(self._context), True)
         cuts = [*range(0, first, self._batch.size), *range(first, len(ids), self._slab), len(ids)]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             self._batch.fill(ids[start:stop], position=start, wanted=start >= first)
             status = C.llama_decode(self._context, self._batch.struct)
             if status:
