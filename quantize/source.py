@@ -76,13 +76,15 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows `start` to `stop` of a tensor as floats (R, C); a vector is one row."""
-        return to_floats(self._raw(self.tensors[name])[start:stop], self.tensors[name].dtype)
+        return to_floats(self.raw(name)[start:stop], self.tensors[name].dtype)
 
     def rows_at(self, name: str, places: NDArray[np.intp]) -> Floats:
         """The rows at these places, in this order: (R, C)."""
-        return to_floats(self._raw(self.tensors[name])[places], self.tensors[name].dtype)
+        return to_floats(self.raw(name)[places], self.tensors[name].dtype)
 
-    def _raw(self, tensor: SourceTensor) -> NDArray[Any]:
+    def raw(self, name: str) -> NDArray[Any]:
+        """A tensor as it lies in its file, rows by columns: uint16 for BF16, else floats."""
+        tensor = self.tensors[name]
         kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[tensor.dtype]
         count = tensor.size // WIDTHS[tensor.dtype]
         return np.frombuffer(self._map(tensor.file), kind, count, tensor.offset).reshape(tensor.matrix)
