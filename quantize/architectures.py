@@ -159,23 +159,29 @@ def model_metadata(config: dict[str, Any]) -> Metadata:
             f"{a}.attention.head_count_kv": config.get("num_key_value_heads") or config["num_attention_heads"],
             f"{a}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         }
-        head_dim = config.get("head_dim")
-        if head_dim is not None:
-            found |= {f"{a}.attention.key_length": head_dim, f"{a}.attention.value_length": head_dim}
+        if a != "qwen2" or config.get("head_dim"):
+            found |= {f"{a}.attention.key_length": head_size(config), f"{a}.attention.value_length": head_size(config)}
         if a == "llama":
-            found["llama.vocab_size"] = config["vocab_size"]
-            found["llama.rope.dimension_count"] = head_dim or config["hidden_size"] // config["num_attention_heads"]
+            found |= {"llama.vocab_size": config["vocab_size"], "llama.rope.dimension_count": head_size(config)}
     except KeyError as error:
         raise SourceInvalid(f"config.json does not say {error}", "take the config.json of the original model") from None
     return found | _rope_metadata(a, rope_parameters(config))
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """How wide one attention head is."""
+    if config.get("head_dim"):
+        return config["head_dim"]
+    if architecture_of(config).name == "qwen3":
+        return 128  # transformers' default, which the smallest of them rely on
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """How positions are turned into angles, as transformers 5 writes it and as version 4 did."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     found.setdefault("rope_type", found.pop("type", "default"))
-    if config.get("rope_theta") is not None:
-        found.setdefault("rope_theta", config["rope_theta"])
+    found.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
     found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
     return {key: value for key, value in found.items() if value is not None}
 
@@ -199,8 +205,7 @@ def _rope_metadata(a: str, rope: dict[str, Any]) -> Metadata:
             f"the model scales its positions by {kind!r}, which is not written for {a}",
             "llama.cpp's convert_hf_to_gguf.py may know it; quantize the GGUF file it writes",
         )
-    if "rope_theta" in rope:
-        found[f"{a}.rope.freq_base"] = float(rope["rope_theta"])
+    found[f"{a}.rope.freq_base"] = float(rope["rope_theta"])
     return found
 
 
@@ -210,9 +215,9 @@ def rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
     if rope["rope_type"] != "llama3":
         return None
     f = np.float32
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head = head_size(config)
     exponents = np.arange(0, head, 2, dtype=f) / f(head)
-    wavelengths = f(2 * np.pi) * f(rope.get("rope_theta", 10_000.0)) ** exponents
+    wavelengths = f(2 * np.pi) * f(rope["rope_theta"]) ** exponents
     factor, low, high = (
         rope.get(key, default) for key, default in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
     )

@@ -174,10 +174,19 @@ def _added_to_prompts(tokenizer: dict[str, Any], config: dict[str, Any]) -> Meta
                 flags["bos"] = not config or first in (texts["bos"], texts["cls"])
             if last:
                 flags["eos"] = not config or last == texts["eos"]
+            between = [part.get("SpecialToken", {}).get("id") for part in _between(step.get("pair") or [])]
+            if between:
+                flags["sep"] = not last and between[0] is not None and between[0] in (texts["sep"], texts["eos"])
     for role in ROLES:
         if isinstance(config.get(f"add_{role}_token"), bool):
             flags.setdefault(role, config[f"add_{role}_token"])
     return {f"tokenizer.ggml.add_{role}_token": flag for role, flag in flags.items() if role in ("bos", "eos", "sep")}
+
+
+def _between(pair: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a template for two sequences puts between them."""
+    places = [i for i, part in enumerate(pair) if "Sequence" in part]
+    return pair[places[0] + 1 : places[-1]] if places else []
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> Metadata:

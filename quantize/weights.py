@@ -19,6 +19,7 @@ from .architectures import (
     Metadata,
     architecture_of,
     gguf_names,
+    head_size,
     model_metadata,
     order,
     permutation,
@@ -216,7 +217,7 @@ def _from_file(header: Header) -> list[Tensor]:
 def _check_shapes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse weights that are not of the shapes that the configuration says."""
     hidden, forward, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    head = head_size(config)
     queries = head * config["num_attention_heads"]
     keys = head * (config.get("num_key_value_heads") or config["num_attention_heads"])
     wanted = {

@@ -15,7 +15,7 @@ import numpy as np
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+CONTROL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<|endoftext|>")
 TAGS = ("<think>", "</think>")
 MERGES = (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("Ġt", "he"), ("i", "n"), ("1", "2"))
 TEMPLATE = (
@@ -66,8 +66,8 @@ def write_checkpoint(
         "hidden_act": "silu",
         "attention_bias": False,
         "torch_dtype": "bfloat16",
-        "bos_token_id": 266,
-        "eos_token_id": 267,
+        "bos_token_id": 264,
+        "eos_token_id": 265,
     }
     if family == "qwen3":
         config["head_dim"] = head
@@ -135,13 +135,12 @@ def write_tokenizer(folder: Path, words: str = WORDS) -> int:
     """A byte-level BPE with a few merges and R1's special tokens; returns how many tokens."""
     texts = [*_byte_names(), *("".join(merge) for merge in MERGES)]
     vocabulary = {text: number for number, text in enumerate(texts)}
-    # Two of the trained tokens' places stay empty, as in Qwen's.
-    first = len(texts) + 2
+    first = len(texts)
     special = [*CONTROL, *TAGS]
     added = [
         {
             **{"id": first + number, "content": text, "single_word": False, "lstrip": False, "rstrip": False},
-            **{"normalized": False, "special": text in CONTROL[:2]},
+            **{"normalized": False, "special": text in CONTROL[:2] + CONTROL[4:]},
         }
         for number, text in enumerate(special)
     ]
