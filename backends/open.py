@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
-from .base import Backend, LoadOptions
+from .base import Backend, LoadOptions, Vocabulary
 from .scorer import Scorer
 
 PYTORCH_INSTALL = 'pip install "stillhouse[torch]"'
@@ -40,6 +40,24 @@ def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
     from .echo import Echo
 
     return Opened(Echo(parallel=parallel, context_length=context or 4096), None, "<|begin|>", "<|end|>")
+
+
+class Words(NamedTuple):
+    """How a model reads text."""
+
+    vocabulary: Vocabulary
+    chat_template: str | None
+    begin_text: str
+    end_text: str
+
+
+def open_vocabulary(paths: Sequence[Path]) -> Words:
+    """The vocabulary of a GGUF model without its weights; it stays in memory."""
+    header = read_header(paths[0])
+    from .llamacpp_vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(paths[0])
+    return Words(vocabulary, header.chat_template, *vocabulary.boundary_texts())
 
 
 def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) -> Scorer:

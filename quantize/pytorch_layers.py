@@ -6,7 +6,7 @@ let go of when it is left. Shapes: N texts, T tokens, D the width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..r1.errors import UserError
 from .architectures import gguf_name
-from .kld import Ids
+from .kld import Floats, Ids, scored_from
 from .source import Checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -103,3 +103,16 @@ class Decoder:
             self.checkpoint.advise(prefix + name, soon=False)
         module.load_state_dict(weights, assign=True)
         module.requires_grad_(False)
+
+
+def read_states(decoder: Decoder, chunks: Ids, progress: Callable[[int], None] = lambda _: None) -> Floats:
+    """The last hidden states behind the final norm at every scored position of texts (C, T): (C x scored, D)."""
+    hidden = decoder.embed(chunks)
+    with torch.inference_mode():
+        for number in range(decoder.count):
+            with decoder.layer(number) as layer:
+                for n, text in enumerate(hidden.split(1)):
+                    hidden[n : n + 1] = decoder.run(layer, text)
+            progress(1)
+        with decoder.norm() as norm:
+            return norm(hidden[:, scored_from(chunks.shape[1]) : -1]).reshape(-1, decoder.width).numpy()

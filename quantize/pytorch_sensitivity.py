@@ -20,9 +20,10 @@ from .architectures import OUTSIDE
 from .importance import Floats, Importance, Sums
 from .kld import Ids
 from .pytorch_layers import EMBEDDING, Decoder, Layer
-from .sensitivity import ROWS, Candidate, Cost, Sample, Sensitivity, price, sample_rows
+from .sensitivity import ROWS, Candidate, Cost, Sensitivity, price, sample_rows
 
 _VOCABULARY_SLAB = 4096  # rows of the output matrix at once
+_VOCABULARY_SAMPLE = 8  # times as many rows of it are rendered as of another matrix: few tokens matter, and much
 
 
 @dataclass(slots=True)
@@ -233,7 +234,7 @@ def _price_vocabulary(
     mass = torch.zeros(shape[0]) if head is None else head.mass.clone()
     for token, squares in embedding.items():
         mass[token] += squares.sum()
-    sample = sample_rows(mass.numpy(), work.rows, work.random)
+    sample = sample_rows(mass.numpy(), work.rows * _VOCABULARY_SAMPLE, work.random)
     weights = np.array(checkpoint.rows_at(hf_name, sample.rows))
     fisher = torch.zeros(weights.shape)
     if head is not None:
@@ -261,6 +262,3 @@ def _output_fisher(states: Tensor, head: _Head, rows: Tensor, scored: Tensor) ->
 def _importance(work: _Pass, name: str) -> Floats | None:
     """llama.cpp's importance matrices know nothing of what is outside of the layers; ours are used if they do."""
     return work.importance.values.get(name) if work.importance else None
-
-
-__all__ = ["Sample", "analyse", "fisher_of"]
