@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as C
 import numpy as np
@@ -26,7 +27,7 @@ class LlamaScorer:
 
     runtime = "llama.cpp"
 
-    def __init__(self, paths: tuple[Path, ...], options: LoadOptions, *, context: int) -> None:
+    def __init__(self, paths: tuple[Path, ...], options: LoadOptions, *, context: int, watch: Any = None) -> None:
         silence()
         self._model = load_model(paths, options)
         vocabulary = LlamaVocabulary(self._model)
@@ -39,6 +40,9 @@ class LlamaScorer:
         params.n_outputs_max = self._slab
         params.n_threads = params.n_threads_batch = options.threads or machine.physical_cores()
         params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
+        self._watch = watch  # C calls it: it must live as long as the context
+        if watch is not None:
+            params.cb_eval = watch
         self._context = C.llama_init_from_model(self._model, params)
         if not self._context:
             C.llama_model_free(self._model)

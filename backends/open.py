@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
@@ -64,7 +64,7 @@ def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) ->
     """Load a model to read texts of at most `context` tokens with: a GGUF file, or a checkpoint's safetensors."""
     if not paths:
         raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
-    if paths[0].suffix == ".gguf":
+    if paths[0].suffix != ".safetensors":
         for path in paths:
             read_header(path)  # every byte count is checked before any C code reads the file
         from .llamacpp_scorer import LlamaScorer
@@ -75,6 +75,15 @@ def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) ->
     except ImportError as error:
         raise UserError(f"PyTorch or transformers is not installed: {error}", PYTORCH_INSTALL) from None
     return TorchScorer(paths[0].parent, options)
+
+
+def open_watched(path: Path, callback: Any, *, threads: int, context: int) -> Scorer:
+    """A GGUF model whose operations are shown to one of ggml's evaluation callbacks; in memory, not on a GPU."""
+    read_header(path)
+    from .llamacpp_scorer import LlamaScorer
+
+    options = LoadOptions(threads=threads, gpu_layers=0)
+    return LlamaScorer((path,), options, context=context, watch=callback)
 
 
 def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions) -> Opened:
