@@ -11,13 +11,14 @@ import unicodedata
 
 from ..r1.messages import Message
 
-WORDS = (
+_TEXT = (
     "the quick brown fox it's we've I'LL don't Straße naïve café Ω≈ç √2 e=mc² 3.14159 1,000,000 2026-11-25 "
     "привет мир нещо на български שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก កាន់តែពិសេស 你好世界 思考 "
     "こんにちは 世界 カタカナ 안녕하세요 세계 γειά σου κόσμε გამარჯობა բարեւ வணக்கம் ሰላም ᚠᚢᚦ "
     "def f(x): return x**2 # ok; int main(void){return 0;} <html> &amp; SELECT * FROM t; ∑_{i=1}^n \\frac{1}{2} "
     "😀 👩‍👩‍👧‍👦 🇩🇪 ✅ 🦙🦙 🚀 ❤️ 1️⃣ ½ ① ５ Ⅳ ﬁ ™"
-).split(" ")
+)
+WORDS = _TEXT.split(" ")
 SPACES = (" ", " ", " ", "  ", "   ", "\n", "\n\n", "\t", " \n", "\r\n", "\u00a0", "\u3000", "")
 LOOK_ALIKES = (
     *("<|im_start|", "|im_end|>", "<｜User", "｜Assistant｜>", "< think>", "</think", "<think", "<|end", "<s>", "</s>"),
