@@ -32,16 +32,15 @@ class Scorer(Protocol):
         """What follows each of the positions from `first` on, in order, in slabs (rows, V) that are the caller's."""
         ...
 
-    def close(self) -> None:
-        """Give everything back. Nothing may be called after it."""
+    def states(self, ids: Sequence[int], first: int) -> Floats:
+        """The last hidden states behind the final norm, from position `first` on: (T - first, D).
+
+        Times the output matrix they are the logits.
+        """
         ...
 
-
-class StateScorer(Scorer, Protocol):
-    """One that also gives what its output matrix is multiplied with."""
-
-    def states(self, ids: Sequence[int], first: int) -> Floats:
-        """The last hidden states behind the final norm, from position `first` on: (T - first, D)."""
+    def close(self) -> None:
+        """Give everything back. Nothing may be called after it."""
         ...
 
 

@@ -117,12 +117,19 @@ def measure_file(path: Path, checkpoint: Checkpoint, *, threads: int) -> dict[st
     return Judge(checkpoint, threads).measure(path)
 
 
-def exact_base(checkpoint: Checkpoint, texts: Texts, name: str, threads: int, context: int = CONTEXT) -> ExactBase:
+def exact_base(
+    checkpoint: Checkpoint,
+    texts: Texts,
+    name: str,
+    threads: int,
+    context: int = CONTEXT,
+    most: int = MEASURED_CHUNKS,
+) -> ExactBase:
     """Have a checkpoint read a text, one layer in memory at a time."""
     decoder = _decoder(checkpoint, threads)
     from .pytorch_layers import read_states
 
-    chunks = some_of(chunks_of(texts, checkpoint_reader(checkpoint), context), MEASURED_CHUNKS)
+    chunks = some_of(chunks_of(texts, checkpoint_reader(checkpoint), context), most)
     with meter(f"{checkpoint.name} reads {name}", decoder.count, "layer") as show:
         states = read_states(decoder, chunks, show)
     return ExactBase(chunks, states, hold(SourceMatrix(checkpoint, decoder.head)))

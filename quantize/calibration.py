@@ -1,8 +1,9 @@
 """The texts a model is calibrated with, and those it is measured on: conversations in, token ids out.
 
 A file has one JSON object a line: {"messages": [{"role", "content"}, …]}, of which the last is the assistant's with its
-thoughts in `<think>`, or {"text": …}. The pack that comes with Stillhouse was written for it; of its three parts
-`calibration` tunes, `reasoning` and `general` are measured on and tune nothing. It knows no weights.
+thoughts in `<think>`; or {"prompt": …}, a question alone; or {"text": …}. The pack that comes with Stillhouse was made
+for it; of its three parts `calibration` tunes, `reasoning` and `general` are measured on and tune nothing. It knows no
+weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .measure import as_read, cut
 
 Part = Literal["calibration", "reasoning", "general"]
 _FOLDER = Path(__file__).with_name("texts")
+FINGERPRINTS = "stillhouse.calibration.fingerprints"
+_KEPT = 1024  # fingerprints in a file's metadata
 _FINGERPRINT = 16  # hexadecimal digits of a conversation's SHA-256
 
 
@@ -128,11 +131,13 @@ def _sample(path: Path, number: int, line: str) -> Sample:
             if not messages:
                 raise KeyError("messages")
             return Sample(messages)
+        if "prompt" in found:
+            return Sample((Message("user", str(found["prompt"])),))
         return Sample(text=str(found["text"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path.name}:{number} is neither a conversation nor a text",
-            'each line is {"messages": [{"role": ..., "content": ...}]} or {"text": ...}',
+            'each line is {"messages": [{"role": ..., "content": ...}]}, {"prompt": ...} or {"text": ...}',
         ) from None
 
 
@@ -158,6 +163,12 @@ def chunks_of(texts: Texts, reader: Reader, context: int, most: int | None = Non
     except UserError as error:
         raise UserError(f"{texts.name}: {error.message}", "add texts; `stillhouse calibrate` writes some") from None
     return np.asarray([as_read(chunk, reader.bos_id) for chunk in chunks], np.int32)
+
+
+def metadata(texts: Texts) -> dict[str, str]:
+    """What a file keeps of the texts it was tuned on, so that it is not measured on them; of very many, some."""
+    known = sorted(texts.fingerprints)[:_KEPT]
+    return {"stillhouse.calibration.texts": texts.name, FINGERPRINTS: " ".join(known)}
 
 
 def shared(texts: Texts, fingerprints: Iterable[str]) -> int:

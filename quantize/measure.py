@@ -8,14 +8,15 @@ vocabulary. So only one model is in memory at a time. It knows no runtime; `kld`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..backends.scorer import Floats, Scorer, StateScorer
+from ..backends.scorer import Floats, Scorer
 from ..r1.errors import UserError
 from .kld import (
     Ids,
@@ -146,7 +147,34 @@ def times(states: Floats, head: Matrix) -> Floats:
     return out
 
 
-def keep_states(scorer: StateScorer, chunks: Ids, head: Matrix, progress: Progress | None = None) -> ExactBase:
+def save_states(path: Path, bases: Mapping[str, ExactBase], source: str) -> None:
+    """Keep what the base said of some texts; its output matrix stays where it is."""
+    arrays = {f"{kind}/{name}": values for name, b in bases.items() for kind, values in _arrays(b)}
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, source=np.array(source), **arrays)
+    os.replace(partial, path)
+
+
+def load_states(path: Path, source: str, head: Matrix) -> dict[str, ExactBase]:
+    """Read it again. Raises `UserError` where it is another source's."""
+    try:
+        with np.load(path) as kept:
+            names = [key.removeprefix("states/") for key in kept.files if key.startswith("states/")]
+            whose, width = str(kept["source"]), {kept[f"states/{name}"].shape[1] for name in names}
+            found = {name: ExactBase(kept[f"chunks/{name}"], kept[f"states/{name}"], head) for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} has no hidden states: {error}", "delete it: it is made again") from None
+    if whose != source or width != {head.shape[1]}:
+        raise UserError(f"{path} was made from {whose}, not from {source}", "name another file for --states")
+    return found
+
+
+def _arrays(base: ExactBase) -> tuple[tuple[str, Ids], tuple[str, Floats]]:
+    return ("chunks", base.chunks), ("states", base.states)
+
+
+def keep_states(scorer: Scorer, chunks: Ids, head: Matrix, progress: Progress | None = None) -> ExactBase:
     """Have the base read the text."""
     slabs = []
     for chunk in chunks:
