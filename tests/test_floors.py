@@ -31,7 +31,7 @@ HEAVY: dict[str, tuple[str, ...]] = {  # top-level module -> where it may be imp
     "torch": ("backends/pytorch*.py", "quantize/pytorch*.py", "train/*.py"),
     "mlx": ("backends/mlxlm*.py", "quantize/mlxlm*.py"),
     "mlx_lm": ("backends/mlxlm*.py", "quantize/mlxlm*.py"),
-    "transformers": (),
+    "transformers": ("backends/pytorch*.py", "quantize/pytorch*.py"),
     "huggingface_hub": (),
     "llguidance": (),
     "jinja2": (),

@@ -1,0 +1,338 @@
+"""One `stillhouse quantize`: from what was asked to files under their names.
+
+Source, importance, types, plan; then the disk and the memory are looked at, and only then is anything written. A file
+is sealed, measured where that was asked for, and gets its name last. It parses no arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..r1.cache import title_of
+from ..r1.errors import BadModelFile, UserError
+from ..r1.gguf import read_header
+from . import gguf as writer
+from .errors import QualityTooLow, SourceInvalid
+from .gguf_blocks import library
+from .plan import QUALITY, UNKNOWN, Plan, make_plan, reserved
+from .recipes import NUMBERS, Choice, assign, find_recipe, fitted, is_quantizable, lacking_importance
+from .report import tell, tell_needs
+from .source import Checkpoint, find_checkpoint
+from .weights import Weights, from_checkpoint, from_gguf
+
+if TYPE_CHECKING:
+    from .importance import Importance
+    from .kld import Quality
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was asked for."""
+
+    source: str
+    types: tuple[str, ...] = ()  # () = a mix, by `target_bits` or `target_bytes`
+    output: Path | None = None
+    imatrix: Path | None = None
+    calibration: str = ""
+    sensitivity: Path | None = None
+    target_bits: float = 0.0  # a weight
+    target_bytes: int = 0
+    overrides: tuple[tuple[str, str], ...] = ()
+    tokenizer_pre: str = ""
+    measures: bool = False
+    max_kld: float = 0.0  # 0 = whatever it is
+    dry_run: bool = False
+    resume: bool = False
+    force: bool = False
+    allow_requantize: bool = False
+    threads: int = 1
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rung:
+    """One file of the ladder."""
+
+    recipe: str
+    choice: Choice
+    predicted_kl: float | None
+
+
+def run(options: Options) -> int:
+    """Make the files. Raises `UserError` and its kinds."""
+    checkpoint, weights = _load(options)
+    importance = _importance(options, checkpoint, weights)
+    values = importance.values if importance else {}
+    plans = [_plan(options, weights, rung, importance) for rung in _rungs(options, checkpoint, weights, importance)]
+    if not options.force and not options.dry_run:
+        plans = [plan for plan in plans if not _is_there(plan.path, options.resume)]
+    if not plans:
+        return 0
+    wanted = writer.outputs(plans, weights, values)
+    tell(weights, plans, print if options.dry_run else _note)
+    if options.dry_run:
+        tell_needs(weights, plans, values, writer.memory_needed(wanted, options.threads), options.threads)
+        return 0
+    writer.check_room(wanted, options.threads, resume=options.resume)
+    try:
+        hashes = writer.write(wanted, weights, values, threads=options.threads, resume=options.resume)
+    except SourceInvalid:
+        for output in wanted:
+            writer.discard(output)
+        raise
+    except KeyboardInterrupt:
+        print(
+            "stopped: what was written is kept, and the same command with --resume goes on from there", file=sys.stderr
+        )
+        raise
+    return _deliver(wanted, checkpoint, weights, hashes, options)
+
+
+def _load(options: Options) -> tuple[Checkpoint | None, Weights]:
+    try:
+        source = find_checkpoint(options.source, offline=options.offline)
+        if isinstance(source, Path):
+            return None, from_gguf(source, allow_requantize=options.allow_requantize)
+        return source, from_checkpoint(source, options.tokenizer_pre)
+    except BadModelFile as error:
+        raise SourceInvalid(error.message, error.hint) from None
+
+
+def _importance(options: Options, checkpoint: Checkpoint | None, weights: Weights) -> Importance | None:
+    """Read or collected, compared with the model, and what it lacks said."""
+    from . import importance as files
+
+    if options.imatrix is not None:
+        found = files.read(options.imatrix)
+    elif options.calibration and not options.dry_run:
+        from .analysis import collect_importance
+
+        found = collect_importance(_needed(checkpoint), options.calibration, threads=options.threads)
+        path = _folder(options) / f"{_stem(weights)}.imatrix.gguf"
+        files.write(path, found)
+        _note(f"importance matrix: {path}")
+    else:
+        return None
+    matrices = {tensor.name: tensor.matrix[1] for tensor in weights.tensors if is_quantizable(tensor)}
+    fit = files.fit(found, {name: cols for name, cols in matrices.items() if name.startswith("blk.")})
+    for words, names in (("says nothing of", fit.missing), ("has columns that were never used in", fit.dead)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            _note(f"note: the importance matrix {words} {names[0]}{more}")
+    return found
+
+
+def _rungs(
+    options: Options, checkpoint: Checkpoint | None, weights: Weights, importance: Importance | None
+) -> list[_Rung]:
+    known = importance.values if importance else {}
+    costs = _costs(options, checkpoint, weights, importance)
+    rungs: list[_Rung] = []
+    for type in options.types:
+        recipe = find_recipe(type)
+        choice = assign(recipe, weights, options.overrides, has_importance=bool(known))
+        lacking = lacking_importance(choice.types, recipe, known)
+        if lacking and not (options.dry_run and options.calibration):
+            raise UserError(
+                f"{recipe} is garbage without an importance matrix ({lacking[0]} would be {choice.types[lacking[0]]})",
+                "give one with --imatrix, or have one collected with --calibration",
+            )
+        rungs.append(_Rung(recipe, choice, _predicted(costs, choice)))
+    if options.target_bits or options.target_bytes:
+        if costs is None:
+            raise UserError("a mix needs a price list", "give --calibration builtin, or a --sensitivity file")
+        rungs.append(_mix(options, weights, costs))
+    return rungs
+
+
+def _costs(
+    options: Options, checkpoint: Checkpoint | None, weights: Weights, importance: Importance | None
+) -> Mapping[str, Mapping[str, Any]] | None:
+    """The price list, read or found; `None` where nobody asked for one."""
+    from . import sensitivity as files
+
+    if options.sensitivity is not None and options.sensitivity.is_file():
+        return files.read(options.sensitivity).costs
+    if not (options.target_bits or options.target_bytes):
+        return None
+    if not options.calibration:
+        raise UserError(
+            "a mix for a size needs to know what each matrix is worth",
+            "give a text with --calibration (or --calibration builtin), or a --sensitivity file of an earlier run",
+        )
+    from .analysis import find_sensitivity
+    from .candidates import TYPES
+
+    found = find_sensitivity(_needed(checkpoint), options.calibration, TYPES, importance, threads=options.threads)
+    path = options.sensitivity or _folder(options) / f"{_stem(weights)}.sensitivity.json"
+    files.write(path, found)
+    _note(f"price list: {path}")
+    return found.costs
+
+
+def _mix(options: Options, weights: Weights, costs: Mapping[str, Mapping[str, Any]]) -> _Rung:
+    """The best types for a size, by predicted KL divergence."""
+    from .allocate import allocate
+
+    fixed = sum(t.size * 4 for t in weights.tensors if t.name not in costs)
+    if options.target_bits:
+        budget = int(weights.parameters * options.target_bits / 8) - fixed
+    else:
+        header = len(_plan(options, weights, _Rung("Q8_0", assign("Q8_0", weights), None), None).header)
+        budget = options.target_bytes - header - 32 * len(weights.tensors) - fixed
+    plan = allocate(costs, budget)
+    choice = fitted(weights, dict(plan.assignment) | _forced(options, weights))
+    bits = options.target_bits or 8 * budget / weights.parameters
+    return _Rung(f"MIX_{bits:.2f}".replace(".", "_"), choice, _predicted(costs, choice))
+
+
+def _forced(options: Options, weights: Weights) -> dict[str, str]:
+    plain = assign("F32", weights).types
+    forced = assign("F32", weights, options.overrides).types
+    return {name: type for name, type in forced.items() if type != plain[name]}
+
+
+def _predicted(costs: Mapping[str, Mapping[str, Any]] | None, choice: Choice) -> float | None:
+    if costs is None or any(choice.types[name] not in costs[name] for name in costs if name in choice.types):
+        return None
+    return sum(costs[name][choice.types[name]].kl for name in costs)
+
+
+def _plan(options: Options, weights: Weights, rung: _Rung, importance: Importance | None) -> Plan:
+    number = NUMBERS.get(rung.recipe, NUMBERS[_commonest(rung.choice)])
+    extra: dict[str, Any] = {
+        "general.quantized_by": "Stillhouse",
+        "general.quantization_version": 2,
+        "general.file_type": number,
+        "stillhouse.version": __version__,
+        "stillhouse.recipe": json.dumps(
+            {"type": rung.recipe, "overrides": options.overrides, "predicted_kl": rung.predicted_kl}
+        ),
+        "stillhouse.source.name": weights.name,
+        "stillhouse.source.files": [file.path.name for file in weights.files],
+        "stillhouse.source.sha256": [UNKNOWN] * len(weights.files),
+        "stillhouse.ggml.sha256": hashlib.sha256(Path(library()).read_bytes()).hexdigest(),
+        QUALITY: reserved(),
+    }
+    if weights.revision:
+        extra["stillhouse.source.revision"] = weights.revision
+    if importance is not None:
+        extra |= {
+            "quantize.imatrix.file": options.imatrix.name if options.imatrix else f"{_stem(weights)}.imatrix.gguf",
+            "quantize.imatrix.dataset": ", ".join(importance.datasets),
+            "quantize.imatrix.entries_count": len(importance.values),
+            "quantize.imatrix.chunks_count": importance.chunks,
+        }
+    name = f"{_stem(weights)}-{rung.recipe}.gguf"
+    path = _folder(options) / name
+    if options.output is not None and not _is_folder(options.output):
+        path = options.output
+    return make_plan(path, rung.recipe, weights, rung.choice, extra)
+
+
+def _commonest(choice: Choice) -> str:
+    """What a mix is called after."""
+    named = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "Q3_K": "Q3_K_M"}
+    counts = Counter(named.get(type, type) for type in choice.types.values() if type != "F32")
+    return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def _stem(weights: Weights) -> str:
+    """A file's name before its type, by GGUF's convention."""
+    import gguf
+
+    if weights.vocabulary is None:
+        return title_of(weights.files[0].path.name)
+    said = weights.metadata
+    parts = (said.get(f"general.{key}") for key in ("name", "basename", "finetune", "version", "size_label"))
+    return gguf.naming_convention(*parts, output_type=None)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() or path.suffix != ".gguf"
+
+
+def _folder(options: Options) -> Path:
+    if options.output is None:
+        return Path()
+    if not _is_folder(options.output):
+        return options.output.parent
+    if not options.dry_run:
+        options.output.mkdir(parents=True, exist_ok=True)
+    return options.output
+
+
+def _needed(checkpoint: Checkpoint | None) -> Checkpoint:
+    if checkpoint is None:
+        raise UserError(
+            "this can only be found from a checkpoint, and the source is a GGUF file",
+            "name the folder or hub id it was made from, or give --imatrix and --sensitivity files",
+        )
+    return checkpoint
+
+
+def _is_there(path: Path, resume: bool) -> bool:
+    if not path.exists():
+        return False
+    if not resume:
+        raise UserError(f"{path} is there already", "--force makes it again; --output chooses another name or folder")
+    _note(f"{path} is done already")
+    return True
+
+
+def _deliver(
+    wanted: Sequence[writer.Output],
+    checkpoint: Checkpoint | None,
+    weights: Weights,
+    hashes: Mapping[str, str],
+    options: Options,
+) -> int:
+    """Seal, measure, name. A file that is too bad is deleted, and the others are delivered first."""
+    metadata: dict[str, Any] = {"stillhouse.source.sha256": [hashes[file.path.name] for file in weights.files]}
+    too_bad: list[str] = []
+    for output in wanted:
+        writer.seal(output, metadata)
+        read_header(output.partial)
+        quality: Mapping[str, Quality] | None = None
+        if options.measures or options.max_kld:
+            from .analysis import measure_file
+            from .card import quality_json
+
+            quality = measure_file(output.partial, _needed(checkpoint), threads=options.threads)
+            writer.seal(output, metadata | {QUALITY: reserved(quality_json(quality))})
+            worst = max(found.kl.value for found in quality.values())
+            if options.max_kld and worst > options.max_kld:
+                writer.discard(output)
+                too_bad.append(f"{output.plan.path.name} has a KL divergence of {worst:.4f}")
+                continue
+        path = writer.publish(output)
+        _write_card(output.plan, weights, hashes, quality)
+        print(path)
+    if too_bad:
+        raise QualityTooLow(
+            f"{too_bad[0]}, more than {options.max_kld:g}; it was deleted",
+            "take a larger type, or give a --calibration",
+        )
+    return 0
+
+
+def _write_card(plan: Plan, weights: Weights, hashes: Mapping[str, str], quality: Mapping[str, Quality] | None) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("stillhouse.quantize.card") is None:
+        return
+    from .card import text
+
+    plan.path.with_suffix(".md").write_text(text(plan, weights, hashes, quality), encoding="utf-8")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
