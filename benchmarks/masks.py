@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from stillhouse.r1.grammar import BadForm, Grammars
+from stillhouse.r1.errors import BadForm
+from stillhouse.r1.grammar import Grammars
 from stillhouse.r1.tools import Tool, ToolUse, form_of_calls, format_of
 
 Kind = Literal["json_schema", "regex", "choice", "tools"]
