@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,9 @@ from stillhouse.backends.base import LoadOptions
 from stillhouse.backends.llamacpp import LlamaCpp
 from stillhouse.r1.catalog import embedded_file
 from stillhouse.r1.gguf import read_header
+
+sys.path.insert(0, str(Path(__file__).parent))  # where `server_fixtures.py` and its like lie
+from browser_fixtures import browser, reader, slow_echo  # noqa: F401
 
 # Other programs may be running: how long an example takes says nothing.
 hypothesis.settings.register_profile("stillhouse", deadline=None)
