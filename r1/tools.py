@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .errors import UserError
-from .grammar import BadForm, Form, Grammars, inner_schema, shortest_text
+from .errors import BadForm, UserError
+from .grammar import Form, Grammars
+from .json_schema import inner_schema, shortest_text
 from .messages import CallDelta, Message, ToolCall
 from .split import overlap
 

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from ..backends.base import PromptTooLong, Sampling
-from ..r1.grammar import BadForm, Form
+from ..r1.errors import BadForm
+from ..r1.grammar import Form
 from ..r1.split import State
 from ..r1.thinking import Rules
 from ..r1.tools import BadTool, Format, form_of_calls

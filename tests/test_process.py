@@ -6,7 +6,6 @@ Nothing here is mocked: processes are started as a user starts them, clients are
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -15,17 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import server_fixtures as fixtures
 
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
 said, plain, within, Process = fixtures.said, fixtures.plain, fixtures.within, fixtures.Process
 
 CHAT = "/v1/chat/completions"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import server_fixtures as fixtures
 
 from stillhouse.backends.echo import EchoVocabulary
 from stillhouse.r1.grammar import Grammars
@@ -19,11 +17,6 @@ from stillhouse.r1.messages import Message, ToolCall
 from stillhouse.r1.prompt import ChatTemplate
 from stillhouse.r1.tools import CallParser, Format, Tool, ToolUse, form_of_calls, format_of, told_in_prompt
 
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
 said, plain = fixtures.said, fixtures.plain
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
