@@ -74,6 +74,7 @@ def _serve_upstreams(arguments: argparse.Namespace, settings: flags.Settings, ur
     from .upstream_model import UpstreamModel, connect
 
     _warn_of_strangers(settings)
+    settings = replace(settings, parallel=settings.parallel * len(urls))
 
     def load() -> UpstreamModel:
         model, troubles = connect(
@@ -100,7 +101,7 @@ def _serve_upstreams(arguments: argparse.Namespace, settings: flags.Settings, ur
         )
 
     print(f"asking {len(urls)} upstream{'s' * (len(urls) > 1)} …", file=sys.stderr, flush=True)
-    return serve(replace(settings, parallel=settings.parallel * len(urls)), load, announce)
+    return serve(settings, load, announce)
 
 
 def _warn_of_strangers(settings: flags.Settings) -> None:

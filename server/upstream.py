@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -175,8 +175,9 @@ class Upstream:
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a reply, as JSON objects. Raises `UpstreamFailed`, or `UpstreamRefused`."""
         assert self.traits is not None, "a server that was never up is not asked"
-        async for event in self._events(self._client, {"model": self.traits.model, **body}, path):
-            yield event
+        async with aclosing(self._events(self._client, {"model": self.traits.model, **body}, path)) as events:
+            async for event in events:
+                yield event
 
     async def prompt_ids(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> tuple[str, list[int]]:
         """How a conversation's prompt ends, and its token ids. Only where `traits.can_continue`."""

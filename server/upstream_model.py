@@ -59,6 +59,7 @@ class UpstreamAsk(Ask):
     body: Mapping[str, Any]
     prefix: Sequence[tuple[bytes, int]]
     continues: bool  # whether its thoughts may be closed by force, and the answer asked for anew
+    keeps_rules: bool = False  # here, and not upstream
     no_thoughts: bool = False
 
     @property
@@ -73,9 +74,7 @@ class UpstreamAsk(Ask):
 
     def room(self, context_length: int | None) -> int:
         """What is asked for, or the whole context: how much of it the prompt takes is not known here."""
-        if not self.can_cut:
-            return BOUNDLESS
-        return self.max_tokens or context_length or BOUNDLESS
+        return (self.max_tokens or context_length or BOUNDLESS) if self.keeps_rules else BOUNDLESS
 
     def request(self, request_id: str, index: int, room: int, steer: Thinking) -> UpstreamRequest:
         """As upstreams are asked for it; every one of `n` draws by a seed of its own."""
@@ -129,7 +128,6 @@ def upstream_chat_ask(model: UpstreamModel, body: ChatRequest) -> Ask:
     asked = {key: value for key, value in body_json.items() if key not in own} | _STREAMED
     if max_tokens is not None:
         asked["max_tokens"] = max_tokens
-    tools = [str(asked[key]) for key in ("tools", "chat_template_kwargs") if key in asked]
     return UpstreamAsk(
         state="answering" if no_thoughts else "undecided",
         rules=rules,
@@ -137,8 +135,9 @@ def upstream_chat_ask(model: UpstreamModel, body: ChatRequest) -> Ask:
         n=body.n or 1,
         path="/v1/chat/completions",
         body=asked,
-        prefix=beginnings([*tools, *map(str, asked["messages"])]),
+        prefix=beginnings(map(str, [*asked.get("tools", ()), *asked["messages"]])),
         continues=can_cut,
+        keeps_rules=can_cut and not upstreams.are_ours,
         no_thoughts=no_thoughts,
     )
 
@@ -171,7 +170,7 @@ def _fields(body: SamplingFields) -> dict[str, Any]:
 def _check(body: ChatRequest, said: Mapping[str, Any], *, can_cut: bool, is_formed: bool) -> None:
     """Refuse what no upstream but a Stillhouse can be made to do."""
     for name, why in _UNPROMISED.items():
-        if said.get(name):
+        if said.get(name) not in (None, False):
             raise ApiError(400, f"{name}: can't be promised through an upstream: {why}", param=name)
     if body.messages[-1].role == "assistant":
         words = "messages: can't be promised through an upstream: to go on with an assistant's message"

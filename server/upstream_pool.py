@@ -20,7 +20,8 @@ from .upstream import Upstream, UpstreamFailed
 from .upstream_reply import Relay, UpstreamRequest
 
 _CHECK_EVERY_S = 5.0
-_BUSIER = 4  # replies more than the least busy: then a prefix in the cache is not worth the wait
+_BUSIER = 4  # replies more than the least busy: then no prefix in the cache is worth the wait
+_WORTH = 256  # characters that were read before are worth the wait behind one reply
 _REMEMBERED = 50_000  # beginnings of prompts
 _BLOCK = 512  # characters of a raw text that count as one beginning
 
@@ -195,13 +196,11 @@ class Upstreams:
         able = [upstream for upstream in self.up if upstream not in tried]
         if not able:
             return None
-        least = min(upstream.running for upstream in able)
-        free = [upstream for upstream in able if upstream.running <= least + _BUSIER]
-        known = dict.fromkeys(free, 0)
+        known = dict.fromkeys(able, 0)
         for beginning, length in request.prefix:
-            for upstream in self._read.get(beginning, ()):
-                if upstream in known:
-                    known[upstream] = length
+            known.update((upstream, length) for upstream in self._read.get(beginning, ()) if upstream in known)
+        least = min(upstream.running for upstream in able)
+        free = [it for it in able if it.running <= least + min(_BUSIER, known[it] // _WORTH)]
         chosen = max(free, key=lambda upstream: (known[upstream], -upstream.running, -upstream.replies))
         for beginning, _ in request.prefix:
             self._read.setdefault(beginning, set()).add(chosen)

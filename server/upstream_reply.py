@@ -196,7 +196,9 @@ class Relay:
         if len(await self.upstream.encode(CLOSE)) != 1:  # it has no token for it: it does not think
             return self.request.path, self.request.body
         opener = "" if end.endswith(OPEN) else f"{OPEN}\n"
-        return self._raw_text(ids + await self.upstream.encode(f"{opener}\n{CLOSE}\n\n"))
+        ids = ids + await self.upstream.encode(f"{opener}\n{CLOSE}\n\n")
+        self._prompt_tokens = len(ids)
+        return self._raw_text(ids)
 
     async def _prompt(self, more: Mapping[str, Any]) -> tuple[str, list[int]]:
         body = self.request.body
