@@ -109,7 +109,9 @@ class Upstreams:
             raise BackendFailed("the server is shutting down")
         arrived: asyncio.Queue[Item] = asyncio.Queue(maxsize=256)  # a client that does not read stops its upstream
         tasks = [asyncio.create_task(self._relay(request, arrived)) for request in requests]
-        self._relaying.update(tasks)
+        for task in tasks:
+            self._relaying.add(task)
+            task.add_done_callback(self._relaying.discard)
         pending = len(tasks)
         try:
             while pending:
@@ -119,10 +121,10 @@ class Upstreams:
                 pending -= item.finish is not None
                 yield item
         finally:
+            # Nobody waits for their end: whoever is cancelled here is so at every `await`, and would cancel them again
+            # and again while they hang up.
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._relaying.difference_update(tasks)
 
     def close(self) -> None:
         """End everything. From any thread; nothing may be asked after it."""
