@@ -114,6 +114,18 @@ def silence() -> None:
     _complaints.clear()
     C.llama_log_set(_listen, ctypes.c_void_p(0))
     C.llama_backend_init()
+    _load_compute_libraries()
+
+
+def _load_compute_libraries() -> None:
+    """Where llama.cpp was built for every CPU, each kind has a library of its own: have ggml take the best."""
+    folder = Path(C.__file__).parent / "lib"
+    library = folder / "libggml.so.0"  # the one that libllama is linked to; `libggml.so` beside it is a copy
+    if library.is_file():
+        ggml = ctypes.CDLL(str(library))
+        ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+        if not ggml.ggml_backend_reg_count():
+            ggml.ggml_backend_load_all_from_path(str(folder).encode())
 
 
 def last_words() -> str:

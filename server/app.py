@@ -27,10 +27,12 @@ from .reply import Ask, Replies
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .settings import Settings
 from .stream import EventStream, unless_gone
+from .upstream_model import AnyModel, UpstreamModel
 
 log = logging.getLogger("stillhouse")
 Body = TypeVar("Body", bound=BaseModel)
 _BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+HANGS_S = 300.0  # a step that takes longer will never end
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -42,10 +44,10 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.live: dict[str, Replies] = {}  # the requests in flight, by their id
-        self._model: ServedModel | None = None
+        self._model: AnyModel | None = None
 
     @property
-    def model(self) -> ServedModel:
+    def model(self) -> AnyModel:
         """The model. Raises 503 while it is loading or the server is stopping."""
         if self.draining:
             raise ApiError(503, "the server is stopping", code="shutting_down", headers={"Retry-After": "5"})
@@ -56,12 +58,28 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now."""
-        return self._model is not None and not self.draining
+        if self._model is None or self.draining:
+            return False
+        return bool(self._model.engine.up) if isinstance(self._model, UpstreamModel) else True
 
-    def ready(self, model: ServedModel) -> None:
+    @property
+    def is_loading(self) -> bool:
+        """Whether there is no model yet."""
+        return self._model is None
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the engine has been at the step that it is at now, in seconds."""
+        return self._model.engine.activity.stuck_s if isinstance(self._model, ServedModel) else 0.0
+
+    def ready(self, model: AnyModel) -> None:
         """Take requests from now on."""
         self._model = model
-        self.metrics.serve(model.name, model.engine)
+        if isinstance(model, UpstreamModel):
+            self.metrics.serve_upstreams(model.name, model.engine)
+            model.engine.watch_over()
+        else:
+            self.metrics.serve(model.name, model.engine)
 
     def close(self) -> None:
         """End what is in progress and give the model back."""
@@ -134,6 +152,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if replies is None:
             words = f"no reply with the id {reply_id[:100]!r} is in progress"
             raise ApiError(404, words, code="reply_not_found", param="id")
+        if not replies.can_end_thinking:
+            words = "through this upstream the thoughts of this reply can't be ended: it could not be gone on with"
+            raise ApiError(400, words, code="not_steerable", param="id")
         if not replies.end_thinking():
             words = f"the reply {reply_id[:100]!r} has ended its thoughts already"
             raise ApiError(409, words, code="not_thinking", param="id")
@@ -160,6 +181,15 @@ def _add_info(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         return _status(service)
+
+    @app.get("/health/ready")
+    async def health_ready() -> Response:
+        return _status(service)
+
+    @app.get("/health/live")
+    async def health_live() -> Response:
+        stuck = service.stuck_s > HANGS_S
+        return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -229,7 +259,7 @@ def _streamed(service: Service, ask: Ask, write: Callable[[Replies], AsyncGenera
 def _status(service: Service) -> Response:
     if service.is_ready:
         return JSONResponse({"status": "ok"})
-    state = "stopping" if service.draining else "loading"
+    state = "stopping" if service.draining else "loading" if service.is_loading else "no upstream is up"
     return JSONResponse({"status": state}, 503, headers={"Retry-After": "2"})
 
 
