@@ -152,7 +152,8 @@ class LoadOptions:
     flash_attention: bool | None = None
     batch_tokens: int = 512  # a step decodes at most so many
     mmap: bool = True
-    loras: tuple[tuple[Path, float], ...] = ()  # adapter files and their scales
+    loras: tuple[tuple[Path, float], ...] = ()  # adapter files (or a run's folders) and their scales
+    steady: bool = False  # how prompts are cut does not depend on the machine's speed: the same bits every time
 
 
 class Load(NamedTuple):
