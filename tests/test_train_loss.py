@@ -1,4 +1,4 @@
-"""The loss is what the papers say: golden vectors, finite differences, exact expectations, and bandits that converge."""
+"""The loss is what the papers say: golden vectors, finite differences, exact expectations, bandits that converge."""
 
 from __future__ import annotations
 
@@ -252,9 +252,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(name, cuts):
     totals = Totals(8, int(mask.sum()), MOST_TOKENS)
     whole = INPUTS["logp"].clone().requires_grad_()
     settings = LossSettings(name, beta=0.04)
-    policy_loss(
-        whole, INPUTS["old"], INPUTS["adv"], mask, settings, ref=INPUTS["ref"], totals=totals
-    ).value.backward()
+    policy_loss(whole, INPUTS["old"], INPUTS["adv"], mask, settings, ref=INPUTS["ref"], totals=totals).value.backward()
     pieces = INPUTS["logp"].clone().requires_grad_()
     start = 0
     for count in cuts:

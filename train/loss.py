@@ -16,9 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-LossName = Literal[
-    "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "rloo", "reinforce"
-]
+LossName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "rloo", "reinforce"]
 Normalisation = Literal["group", "batch", "none", "rloo"]
 KLName = Literal["k1", "k2", "k3", "k3_corrected"]
 CorrectionName = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
