@@ -181,9 +181,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if not folder.exists() and old.exists():
             os.replace(old, folder)
         words = error.strerror or str(error)
-        raise UserError(
-            f"{folder} could not be written: {words}", "make room on the disk; the old one is kept"
-        ) from None
+        raise UserError(f"{folder} could not be written: {words}", "make room; the old one is kept") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
