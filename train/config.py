@@ -38,6 +38,7 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32.0  # the change counts alpha / rank times
+    start: str = ""  # the folder of a run to go on from: its cold start, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class RolloutConfig:
     cap: float = 2.0
     floor: float = 0.5
     kl_stop: float = 0.0  # engine and trainer differ by more: stop; 0 = by the type of the weights
+    prompt_tokens: int = 512  # room for a prompt
     parallel: int = 16  # replies in progress at once
     threads: int = 0  # 0 = the physical cores
 
@@ -123,6 +125,8 @@ class EvaluationConfig:
     every: int = 10  # steps; 0 = only before and after
     items: int = 100
     samples: int = 1  # replies an item
+    temperature: float = 0.6  # what R1 is measured with
+    top_p: float = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +292,12 @@ def _check(config: RunConfig) -> None:
         raise UserError(
             f"rollout.top_p = {rollout.top_p} would draw from another distribution than the one that is trained",
             "leave it at 1.0; it may be changed for serving",
+        )
+    if rollout.temperature != 1.0 and rollout.correction not in ("auto", "none"):
+        raise UserError(
+            f"rollout.correction needs log-probabilities of temperature 1, and the replies are drawn at "
+            f"{rollout.temperature}",
+            'set rollout.temperature = 1.0 or rollout.correction = "none"',
         )
     positive = {
         "grpo.steps": grpo.steps,

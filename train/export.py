@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from ..r1.gguf import Header, read_header
 from .basemodel import Shape, Weights, copy_model, fingerprint, from_gguf_rows, linear_names, read_tensors, to_gguf_rows
 
 Format = Literal["gguf-lora", "peft", "mlx", "merged"]
-Matrices = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (rank, in), B (out, rank)
+Matrices = dict[str, tuple[Tensor, Tensor]]  # module -> A (rank, in), B (out, rank)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BELONGS = "stillhouse.json"  # the model it is for; PEFT warns of names it does not know in its own file
@@ -158,9 +158,14 @@ def save_merged(adapter: Adapter, paths: tuple[Path, ...], path: Path, kind: Lit
 
 def check_belongs(adapter: Adapter, headers: list[Header]) -> None:
     """Raise `UserError` if an adapter was made on another model than this one."""
-    if adapter.fingerprint != fingerprint(headers):
+    check_belongs_to(adapter, fingerprint(headers), headers[0].path.name)
+
+
+def check_belongs_to(adapter: Adapter, mark: str, name: str) -> None:
+    """As `check_belongs`, where the model's fingerprint is known already."""
+    if adapter.fingerprint != mark:
         raise UserError(
-            f"this adapter was trained on {adapter.base}, and {headers[0].path.name} has other weights",
+            f"this adapter was trained on {adapter.base}, and {name} has other weights",
             "name the model it was trained on",
         )
 

@@ -76,6 +76,8 @@ class Correction(NamedTuple):
     weights: Tensor  # (B, T) or (B, 1)
     raw: Mismatch
     applied: Mismatch
+    raw_replies: Tensor  # (B, 1): how much each reply counts, to have the ESS of several batches
+    applied_replies: Tensor  # (B, 1)
 
 
 # Advantages
@@ -145,14 +147,18 @@ def correction(
     kept = mask * (weights > 0)
     counted = (weights * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     applied = raw if mode == "none" else _mismatch(difference, counted, kept)
-    return Correction(weights, raw, applied)
+    return Correction(weights, raw, applied, of_replies, of_replies if mode == "none" else counted)
+
+
+def effective_share(weights: Tensor) -> float:
+    """How many of the replies are left of them by their weights' unevenness: (sum w)² / sum w² / B, 1 = all."""
+    return float(weights.sum().square() / weights.square().sum().clamp(min=1e-30) / weights.shape[0])
 
 
 def _mismatch(difference: Tensor, weights: Tensor, mask: Tensor) -> Mismatch:
     tokens = mask.sum().clamp(min=1)
     kl = ((torch.exp(difference) - 1 - difference) * mask).sum() / tokens
-    ess = weights.sum().square() / weights.square().sum().clamp(min=1e-30) / weights.shape[0]
-    return Mismatch(float(kl), float(ess), float(weights.max()))
+    return Mismatch(float(kl), effective_share(weights), float(weights.max()))
 
 
 # The loss
