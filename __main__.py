@@ -13,6 +13,7 @@ COMMANDS = {  # name -> (module, what it does)
     "serve": ("server.cli", "serve a model to OpenAI clients"),
     "chat": ("server.cli", "talk to a model in the terminal"),
     "conformance": ("server.conformance.cli", "try how a server treats a model's thoughts, case by case"),
+    "train": ("train.cli", "sharpen a model: supervised fine-tuning and reinforcement learning"),
     "pull": ("r1.cli", "download a model from the Hugging Face hub"),
     "list": ("r1.cli", "list the models on this disk"),
     "show": ("r1.cli", "show what a model is, and the memory it takes"),

@@ -136,6 +136,7 @@ class GuardConfig:
     entropy: float = 0.02  # nats a token, less than this
     kl: float = 0.0  # from the base model a token, more than this; costs a forward pass
     length: float = 3.0  # replies so many times as long as at the start
+    truncated: float = 0.95  # more than this share of the replies cut off stops the run
     strikes: int = 3  # steps in a row
 
 

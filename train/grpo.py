@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +24,19 @@ from ..r1.errors import UserError
 from .basemodel import read_base
 from .checkpoint import RunFolder, adapter_of, start_from
 from .config import RunConfig
+from .episodes import Episode, completions, describe, line
 from .evaluate import Evaluation, evaluate
 from .export import save_gguf
-from .loss import Correction, LossSettings, Totals, advantages, correction, effective_share, policy_loss
+from .loss import Correction, LossSettings, Totals, advantages, correction, effective_share, kl_terms, policy_loss
 from .policy import Group, Policy, micro_batches
-from .reflect import reflections
 from .rewards import Asked, Rewards, Scored
 from .rollout import Asking, Reply, Rollouts, find_model, open_rollouts, remove_copies
 from .tasks import Item, Task, messages, open_task
-from .update import clip_and_step, make_optimizer, place, rate
+from .update import clip_and_step, make_optimizer, peak_memory, place, rate
 
 Report = Callable[[str], None]
 _USELESS_STEPS = 5  # in a row, after which a run stops
 _CUT_STEPS = 3
-_CUT_SHARE = 0.95  # of the replies cut off: nothing can be learned from them
 _ROLLBACKS = 3
 
 
@@ -55,22 +53,6 @@ class State:
     useless: int = 0  # steps in a row without a group that teaches
     cut: int = 0  # steps in a row with nearly all replies cut off
     solved: dict[str, float] = field(default_factory=dict)  # item id -> running accuracy
-
-
-class Episode(NamedTuple):
-    """A prompt, its replies, and what they got."""
-
-    item: Item
-    asking: Asking
-    replies: list[Reply]
-    rewards: list[float]
-    parts: list[dict[str, float | None]]  # by reward, one a reply
-    advantages: list[float]
-
-    @property
-    def teaches(self) -> bool:
-        """Whether some replies were better than others."""
-        return any(self.advantages)
 
 
 class Learned(NamedTuple):
@@ -144,7 +126,7 @@ class Run:
         while self.state.step < last:
             record = self.step()
             self.folder.log(record)
-            report(_line(record, last))
+            report(line(record, last))
             self._watch(record, report)
             best = False
             if self.state.step == last or (every and self.state.step % every == 0):
@@ -155,13 +137,13 @@ class Run:
     def step(self) -> dict[str, Any]:
         """Draw, reward, learn; what is worth logging."""
         self.state.step += 1
-        self._hand_over()
+        self.hand_over()
         started = time.perf_counter()
         episodes, asked = self._collect()
         drawn_at = time.perf_counter()
         useful = [episode for episode in episodes if episode.teaches]
         record: dict[str, Any] = {"step": self.state.step, "kind": "grpo"}
-        record |= _describe(asked)
+        record |= describe(asked)
         record["useful"] = sum(episode.teaches for episode in asked) / len(asked)
         if useful:
             self.state.useless = 0
@@ -178,7 +160,7 @@ class Run:
             "swap_s": self.rollouts.swap_s,
             "peak_gb": peak_memory() / 1e9,
         }
-        self.folder.keep(_completions(self.state.step, asked))
+        self.folder.keep(completions(self.state.step, asked))
         return record
 
     def measure(self, report: Report) -> bool:
@@ -198,7 +180,7 @@ class Run:
     def evaluate(self, items: int) -> Evaluation:
         """The policy as it is, on held-out items."""
         settings = self.config.evaluation
-        self._hand_over()
+        self.hand_over()
         return evaluate(
             self.rollouts,
             self.task.held_out[:items],
@@ -222,7 +204,7 @@ class Run:
 
     # Rollouts
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
         """The adapter as it is now into the engine, which forgets what it computed with the old one."""
         self.rollouts.take(lambda path: save_gguf(adapter_of(self.policy), path))
 
@@ -252,7 +234,7 @@ class Run:
             [it.ids for it in asking],
             grpo.group,
             grpo.max_tokens,
-            [f"{seed} {item.id}" for item in items],
+            [f"{seed} {n} {item.id}" for n, item in enumerate(items)],
             temperature=self.config.rollout.temperature,
         )
         scored = self._score(items, asking, drawn)
@@ -268,10 +250,7 @@ class Run:
                 asking[n],
                 drawn[n],
                 totals[n].tolist(),
-                [
-                    {name: values[n * grpo.group + g] for name, values in scored.parts.items()}
-                    for g in range(grpo.group)
-                ],
+                [{name: values[at] for name, values in scored.parts.items()} for at in _places(n, grpo.group)],
                 better[n].tolist(),
             )
             for n, item in enumerate(items)
@@ -302,7 +281,8 @@ class Run:
             self.state.cursor += 1
             p = self.state.solved.get(item.id)
             if self.config.grpo.curriculum and p is not None:
-                if random.Random(f"{self.config.seed} {self.state.cursor}").random() > 0.1 + 3.6 * p * (1 - p):
+                chance = random.Random(f"{self.config.seed} {self.state.cursor}").random()
+                if chance > 0.1 + 3.6 * p * (1 - p):
                     continue
             chosen.append(item)
             if len(chosen) == count:
@@ -353,9 +333,8 @@ class Run:
         mask = scores.mask * torch.tensor([[float(self._counts(reply))] for reply in replies], device=device)
         advantage = torch.tensor([a for episode in batch for a in episode.advantages], device=device).to(old.dtype)
         if temperature == 1.0:
-            compared = correction(
-                old, sampled, scores.mask, settings.correction, settings.correction_cap, settings.correction_floor
-            )
+            bounds = settings.correction_cap, settings.correction_floor
+            compared = correction(old, sampled, scores.mask, settings.correction, *bounds)
         else:  # the engine's log-probabilities are of temperature 1
             with torch.no_grad():
                 plain = self.policy.score(groups).logp
@@ -372,10 +351,7 @@ class Run:
         metrics = dict(loss.metrics)
         metrics["entropy"] = float((scores.entropy * scores.mask).sum() / scores.mask.sum())
         if ref is not None:
-            difference = (old - ref) * scores.mask
-            metrics["kl_base"] = float(
-                (torch.exp(-difference) + difference - scores.mask).mul(scores.mask).sum() / scores.mask.sum()
-            )
+            metrics["kl_base"] = float((kl_terms(old, ref) * scores.mask).sum() / scores.mask.sum())
         sums.add(float(loss.value.detach()), metrics, compared, float(scores.mask.sum()))
         return old
 
@@ -415,7 +391,7 @@ class Run:
     def _watch(self, record: dict[str, Any], report: Report) -> None:
         """Stop what cannot be saved; go back to the best checkpoint where a run is going wrong."""
         state, guard = self.state, self.config.guard
-        state.cut = state.cut + 1 if record["truncated"] > _CUT_SHARE else 0
+        state.cut = state.cut + 1 if 0 < guard.truncated < record["truncated"] else 0
         if state.cut >= _CUT_STEPS:
             raise UserError(
                 f"nearly all replies are cut off at {self.config.grpo.max_tokens} tokens", "raise grpo.max_tokens"
@@ -477,13 +453,14 @@ class _Sums:
         }
 
 
-def peak_memory() -> int:
-    """Bytes that this process has had at most."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _places(n: int, group: int) -> range:
+    """Where the replies of the n-th group lie among all."""
+    return range(n * group, (n + 1) * group)
 
 
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
+    """The items of an epoch, shuffled."""
     return random.Random(hashlib.sha256(f"{seed} {epoch}".encode()).digest()).sample(range(count), count)
 
 
@@ -493,60 +470,3 @@ def _padded(rows: list[list[float]], like: Tensor) -> Tensor:
     for n, row in enumerate(rows):
         padded[n, : len(row)] = torch.tensor(row, dtype=like.dtype)
     return padded
-
-
-def _describe(episodes: list[Episode]) -> dict[str, Any]:
-    """What was said, in numbers: rewards, lengths by right and wrong, reflection."""
-    replies = [reply for episode in episodes for reply in episode.replies]
-    parts = [part for episode in episodes for part in episode.parts]
-    rewards = [reward for episode in episodes for reward in episode.rewards]
-    right = [(part.get("accuracy") or 0.0) >= 1.0 for part in parts]
-    lengths = [len(reply.ids) for reply in replies]
-
-    def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
-
-    described: dict[str, Any] = {
-        "replies": len(replies),
-        "reward": mean(rewards),
-        "truncated": mean([float(reply.truncated) for reply in replies]),
-        "tokens": mean([float(length) for length in lengths]),
-        "tokens_right": mean([float(n) for n, good in zip(lengths, right, strict=True) if good]),
-        "tokens_wrong": mean([float(n) for n, good in zip(lengths, right, strict=True) if not good]),
-        "reflections": reflections([reply.text for reply in replies]),
-    }
-    for name in parts[0]:
-        described[f"reward_{name}"] = mean([value for part in parts if (value := part[name]) is not None])
-    return described
-
-
-def _completions(step: int, episodes: list[Episode]) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "item": episode.item.id,
-            "text": reply.text,
-            "reward": reward,
-            "parts": part,
-            "advantage": advantage,
-            "tokens": len(reply.ids),
-            "truncated": reply.truncated,
-        }
-        for episode in episodes
-        for reply, reward, part, advantage in zip(
-            episode.replies, episode.rewards, episode.parts, episode.advantages, strict=True
-        )
-    ]
-
-
-def _line(record: dict[str, Any], last: int) -> str:
-    """A step for the terminal."""
-    words = [f"step {record['step']}/{last}", f"reward {record['reward']:.3f}", f"useful {record['useful']:.2f}"]
-    if "loss" in record:
-        words += [f"loss {record['loss']:+.4f}", f"entropy {record['entropy']:.2f}", f"kl {record['mismatch_kl']:.1e}"]
-    words += [
-        f"tokens {record['tokens']:.0f}",
-        f"cut off {record['truncated']:.2f}",
-        f"{record['rollout_s']:.1f} + {record['update_s']:.1f} s",
-    ]
-    return "  ".join(words)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from .evaluate import Interval, bootstrap, chance_of_one
 from .policy import Group
+from .update import peak_memory
 
 if TYPE_CHECKING:
+    from .episodes import Episode
     from .grpo import Run
 
 _ITEMS = 24
@@ -46,10 +48,8 @@ class Verdict:
             ("useful groups", f"{self.useful:.2f}  (replies that differ in their reward; 0.3 and more learn well)"),
             ("right format", "-" if self.well_formed is None else f"{self.well_formed:.2f}"),
             ("cut off", f"{self.truncated:.2f}  (99 % of the replies have {self.longest} tokens or fewer)"),
-            (
-                "a step",
-                f"{self.rollout_s:.1f} s of rollouts ({self.tokens_s:.0f} tokens/s) and {self.update_s:.1f} s of update",
-            ),
+            ("rollouts", f"{self.rollout_s:.1f} s a step, {self.tokens_s:.0f} tokens/s"),
+            ("update", f"{self.update_s:.1f} s a step"),
             ("memory", f"{self.peak_gb:.2f} GB at most so far"),
             ("verdict", self.words),
         ]
@@ -58,14 +58,10 @@ class Verdict:
 
 def probe(run: Run, report: Callable[[str], None]) -> Verdict:
     """Draw a group for some items that are trained on, and time a step."""
-    from .grpo import peak_memory
-
     grpo = run.config.grpo
     items = list(run.task.train[:_ITEMS])
     report(f"probing {len(items)} items of {run.task.name}, {grpo.group} replies each")
-    run.rollouts.use(None)
-    if run.config.lora.start:
-        run._hand_over()
+    run.hand_over()
     started = time.perf_counter()
     episodes = run.episodes(items, f"{run.config.seed} probe")
     drawn_s = time.perf_counter() - started
@@ -109,7 +105,7 @@ def _judge(pass_1: float, useful: float, cut: float, max_tokens: int) -> tuple[b
     return False, "it can learn"
 
 
-def _time_update(run: Run, episodes: list) -> float:
+def _time_update(run: Run, episodes: list[Episode]) -> float:
     """Seconds that learning from one group takes; nothing is learned."""
     episode = max(episodes, key=lambda it: sum(len(reply.ids) for reply in it.replies))
     started = time.perf_counter()

@@ -178,8 +178,8 @@ def text_of(completion: Any) -> str:
 def answer_in(text: str) -> str | None:
     """The answer that a reply commits itself to, after its thoughts: the last <answer>, else the last \\boxed.
 
-    >>> answer_in("<think>2+2 <answer>5</answer></think> <answer> 4 </answer>"), answer_in("so \\\\boxed{\\\\frac{1}{2}}.")
-    ('4', '\\\\frac{1}{2}')
+    >>> answer_in("<think>2+2 <answer>5</answer></think> <answer> 4 </answer>"), answer_in("so \\\\boxed{{4}}.")
+    ('4', '{4}')
     """
     said = text.rpartition(CLOSE)[2]
     if tagged := _answer.findall(said):

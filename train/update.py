@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
@@ -55,3 +56,11 @@ def clip_and_step(
         group["lr"] = lr
     optimizer.step()
     return norm
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
