@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..backends.base import Backend, GenerationRequest, LoadOptions, PromptTooLong, Sampling, Vocabulary
+from ..backends.base import Backend, GenerationRequest, LoadOptions, Sampling, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import open_backend
 from ..r1.errors import UserError
@@ -88,6 +88,13 @@ class Rollouts:
         top_p: float = 1.0,
     ) -> list[list[Reply]]:
         """Draw some replies to every prompt; prompt n with seed `seeds[n]`. Raises `UserError` for one too long."""
+        room = self.context - max_tokens
+        longest = max(map(len, prompts))
+        if longest > room:
+            raise UserError(
+                f"a prompt has {longest} tokens, and {room} are set aside beside {max_tokens} for the reply",
+                "raise rollout.prompt_tokens, or leave such prompts out",
+            )
         requests: list[GenerationRequest] = []
         for prompt_ids, seed in zip(prompts, seeds, strict=True):
             for n in range(replies):
@@ -96,16 +103,11 @@ class Rollouts:
                 name = str(self._numbers)
                 requests.append(GenerationRequest(name, prompt_ids, max_tokens, sampling, top_logprobs=0))
         drawn: dict[str, Reply] = {request.id: Reply([], [], "", False) for request in requests}
-        try:
-            for token in self.engine.generate(requests):
-                reply = drawn[token.request_id]
-                reply.ids.append(token.token_id)
-                reply.logprobs.append(token.logprob if token.logprob is not None else float("nan"))
-                drawn[token.request_id] = reply._replace(
-                    text=reply.text + token.text, truncated=token.finish == "length"
-                )
-        except PromptTooLong as error:
-            raise UserError(error.message, "raise rollout.prompt_tokens, or leave such prompts out") from None
+        for token in self.engine.generate(requests):
+            reply = drawn[token.request_id]
+            reply.ids.append(token.token_id)
+            reply.logprobs.append(token.logprob if token.logprob is not None else float("nan"))
+            drawn[token.request_id] = reply._replace(text=reply.text + token.text, truncated=token.finish == "length")
         everything = [drawn[request.id] for request in requests]
         return [everything[n : n + replies] for n in range(0, len(everything), replies)]
 

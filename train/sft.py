@@ -21,7 +21,7 @@ from .checkpoint import RunFolder, start_from
 from .config import RunConfig, TaskConfig
 from .policy import Group, Policy, micro_batches
 from .rollout import Rollouts, find_model, open_rollouts
-from .tasks import read_rows
+from .tasks import open_task, read_rows
 from .update import clip_and_step, make_optimizer, place, rate
 
 Report = Callable[[str], None]
@@ -32,6 +32,7 @@ class Example(NamedTuple):
 
     prompt_ids: list[int]
     reply_ids: list[int]
+    question: str  # the user's last words, without the instruction
 
 
 class Finished(NamedTuple):
@@ -43,17 +44,30 @@ class Finished(NamedTuple):
     left_out: int  # examples that were too long
 
 
+def not_held_out(examples: list[Example], task: TaskConfig, report: Report) -> list[Example]:
+    """The examples whose question no evaluation will ask. Where the task cannot be opened, all of them, and a note."""
+    try:
+        held_out = {item.question for item in open_task(task).held_out}
+    except UserError as error:
+        report(f"not compared with held-out items: {error.message}")
+        return examples
+    kept = [it for it in examples if it.question not in held_out]
+    if len(kept) < len(examples):
+        report(f"left out: {len(examples) - len(kept)} of {len(examples)} examples, held out in {task.name}")
+    return kept
+
+
 def read_examples(path: Path, rollouts: Rollouts, task: TaskConfig) -> list[Example]:
     """Every row as token ids. Raises `UserError` by row."""
     examples = []
     for number, row in read_rows(path):
-        turns, response = _turns(path, number, row, task)
+        turns, response, question = _turns(path, number, row, task)
         asked = rollouts.ask(turns)
         text = response.removeprefix(asked.prefix) if asked.prefix else response
         if asked.prefix and text == response:
             text = response.removeprefix(asked.prefix.strip())  # the template's own newline may be missing
         ids = rollouts.vocabulary.encode(text)
-        examples.append(Example(asked.ids, [*ids, rollouts.end_id]))
+        examples.append(Example(asked.ids, [*ids, rollouts.end_id], question))
     return examples
 
 
@@ -64,7 +78,7 @@ def run_sft(config: RunConfig, data: Path, report: Report = print) -> Finished:
     folder.begin(config, resume=False)
     rollouts = open_rollouts(paths, config.rollout, config.sft.max_tokens)
     try:
-        examples = read_examples(data, rollouts, config.task)
+        examples = not_held_out(read_examples(data, rollouts, config.task), config.task, report)
     finally:
         rollouts.close()
     base = read_base(paths, place(config.model)[1])
@@ -136,8 +150,8 @@ def _learn(
     return total, norm
 
 
-def _turns(path: Path, number: int, row: dict[str, Any], task: TaskConfig) -> tuple[list[Message], str]:
-    """A row's conversation up to the reply, and the reply."""
+def _turns(path: Path, number: int, row: dict[str, Any], task: TaskConfig) -> tuple[list[Message], str, str]:
+    """A row's conversation up to the reply, the reply, and the question."""
     talk = row.get("messages")
     if isinstance(talk, list) and talk:
         try:
@@ -146,7 +160,7 @@ def _turns(path: Path, number: int, row: dict[str, Any], task: TaskConfig) -> tu
             raise UserError(f"{path}, row {number}: a message has no role or no content") from None
         if turns[-1].role != "assistant" or len(turns) < 2:
             raise UserError(f"{path}, row {number}: the last message has to be the assistant's")
-        return turns[:-1], turns[-1].content
+        return turns[:-1], turns[-1].content, turns[-2].content
     prompt, response = row.get("prompt", row.get("question")), row.get("response", row.get("completion"))
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
         raise UserError(
@@ -155,7 +169,7 @@ def _turns(path: Path, number: int, row: dict[str, Any], task: TaskConfig) -> tu
         )
     system = [Message("system", task.system)] if task.system else []
     text = f"{prompt}\n\n{task.instruction}" if task.instruction else prompt
-    return [*system, Message("user", text)], response
+    return [*system, Message("user", text)], response, prompt
 
 
 def _since(started: float) -> float:
