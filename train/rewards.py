@@ -31,6 +31,7 @@ TIME_LIMIT_S = 120.0  # for one reward and one batch
 _answer = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _format = re.compile(r"\s*<think>(?P<thoughts>.*?)</think>\s*(?P<answer>.*)", re.DOTALL)
 _tagged = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+_program = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 _noise = re.compile(r"```.*?(?:```|$)|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|`[^`]*`|<[^>]*>", re.DOTALL)
 _word = re.compile(r"[^\W\d_]+")
 _step = re.compile(r"^\s*(?:\d+[.)]|[-*]|step\s+\d+|first|second|third|then|next|finally)\b", re.IGNORECASE | re.M)
@@ -305,6 +306,42 @@ def repetition(completions: Sequence[Any], **_: Any) -> list[float]:
     return penalties
 
 
+def code(completions: Sequence[Any], tests: Sequence[Any], **_: Any) -> list[float]:
+    """1 where the reply's program passes all tests of the item, each run in the sandbox, else 0.
+
+    A test is {"input": what it reads, "output": what it has to print}, or {"call": "f(2)", "output": "4"}. What was
+    printed is compared out here, so a program that ends early or changes `==` gains nothing.
+    """
+    from .sandbox import require_isolation
+
+    require_isolation()
+    return [float(_passes(program_in(text_of(it)), wanted)) for it, wanted in zip(completions, tests, strict=True)]
+
+
+def program_in(text: str) -> str | None:
+    """The last fenced block after the thoughts, or what stands in <answer>."""
+    said = text.rpartition(CLOSE)[2]
+    blocks = _program.findall(said)
+    return blocks[-1] if blocks else answer_in(said)
+
+
+def _passes(program: str | None, tests: Sequence[Mapping[str, Any]]) -> bool:
+    from .sandbox import run_python
+
+    if program is None or not tests:
+        return False
+    for test in tests:
+        call = test.get("call")
+        source = f"{program}\nprint(repr({call}))" if call else program
+        outcome = run_python(source, str(test.get("input", "")))
+        printed = outcome.stdout.strip()
+        if call:
+            printed = printed.rpartition("\n")[2]
+        if outcome.code != 0 or printed != str(test["output"]).strip():
+            return False
+    return True
+
+
 def at_random(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
     """0 or 1 whatever the reply: a control. The same reply gets the same, so that a run can be repeated."""
     return [float(random.Random(repr(list(ids))).random() < 0.5) for ids in completion_ids]
@@ -323,5 +360,6 @@ REWARDS: dict[str, Reward] = {
     "structure": structure,
     "overlong": overlong,
     "repetition": repetition,
+    "code": code,
     "random": at_random,
 }
