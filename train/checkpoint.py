@@ -45,7 +45,7 @@ class RunFolder:
     def begin(self, config: RunConfig, *, resume: bool) -> None:
         """Make the folder, or find it again. Raises `UserError` rather than write over another run."""
         told = self.path / _CONFIG
-        if told.exists() and not resume:
+        if not resume and (self.records() or self._numbered()):
             raise UserError(f"{self.path} holds a run already", "go on with --resume, or choose another --out")
         if resume and not told.exists():
             raise UserError(f"there is no run in {self.path} to go on with", "leave --resume out")

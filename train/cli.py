@@ -1,4 +1,4 @@
-"""`stillhouse train …`: probe, sft, grpo, eval, export, report, distill. Arguments in, text out."""
+"""`stillhouse train …`: probe, sft, grpo, eval, export, report, recipe, distill. Arguments in, text out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _DESCRIPTION = """A small model gets better at what can be checked. In this orde
   stillhouse train export run1 --to gguf-lora                        or peft, mlx, merged
   stillhouse serve --lora run1                                       and it answers
 
-distill: right answers of another model, from any OpenAI-compatible server, as data for sft."""
+distill: right answers of another model, from any OpenAI-compatible server, as data for sft.
+recipe: several stages as one file, as R1 was made."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -59,6 +60,9 @@ def run(command: str, argv: list[str]) -> int:
     one = add("report", "write one HTML page about a run", _report)
     one.add_argument("run", help="folder of a run")
     one.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
+    one = add("recipe", "run several stages in order; what is done is left out", _recipe)
+    one.add_argument("recipe", type=Path, help="a TOML file with [[stage]]")
+    one.add_argument("--anyway", action="store_true", help="also where a probe sees no hope")
     one = add("distill", "collect another model's right answers as data for sft", _distill)
     _run_flags(one)
     one.add_argument("--teacher", required=True, metavar="URL", help="an OpenAI-compatible server: http://…/v1")
@@ -243,6 +247,16 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.run)
     print(write_report(folder, Path(arguments.output) if arguments.output else folder / "report.html"))
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    _needs_torch()
+    from .recipe import read_recipe, run_recipe
+
+    recipe = read_recipe(arguments.recipe)
+    last = run_recipe(recipe, _tell, anyway=arguments.anyway)
+    print(last)
     return 0
 
 

@@ -197,14 +197,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def load_config(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a run's TOML over its preset, `changes` ("grpo.steps": 3) over both. Raises `UserError` by key."""
-    table: dict[str, Any] = {}
-    if path is not None:
-        try:
-            table = _toml().loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not TOML: {error}") from None
+    table = read_toml(path) if path is not None else {}
     for key, value in (changes or {}).items():
         place = table
         *above, last = key.split(".")
@@ -217,6 +210,16 @@ def load_config(path: Path | None = None, changes: Mapping[str, Any] | None = No
     config = _build(RunConfig, _over(PRESETS[preset], table), "")
     _check(config)
     return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a table. Raises `UserError`."""
+    try:
+        return _toml().loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
 
 
 def dump_config(config: RunConfig) -> str:

@@ -19,7 +19,8 @@ from ..r1.errors import UserError
 from ..r1.prompt import CLOSE, OPEN
 from .config import RunConfig
 from .rewards import Asked, Rewards
-from .tasks import Item, messages
+from .rollout import find_model, open_rollouts
+from .tasks import Item, messages, open_task
 
 _TIMEOUT_S = 600
 _AT_ONCE = 8
@@ -96,11 +97,11 @@ def distill(
 
             def ask(seed: int, conversation: list[dict[str, str]] = conversation) -> str | None:
                 settings = config.evaluation
-                return teacher.reply(conversation, config.grpo.max_tokens, settings.temperature, seed)
+                return teacher.reply(conversation, config.sft.max_tokens, settings.temperature, seed)
 
             replies = [text for text in pool.map(ask, range(samples)) if text]
             asked += samples
-            right = _right(judge, item, replies, config.grpo.max_tokens)
+            right = _right(judge, item, replies, config.sft.max_tokens)
             for text in sorted(set(right), key=len):
                 kept += 1
                 row = {"id": item.id, "prompt": item.prompt, "response": text, "teacher": teacher.model}
@@ -110,6 +111,38 @@ def distill(
             if number % 10 == 0 or number == len(todo):
                 report(f"{number}/{len(todo)} prompts, {kept} right replies")
     return Distilled(len(todo), asked, kept)
+
+
+def sift(
+    config: RunConfig, run: Path | None, items: int, samples: int, output: Path, report: Callable[[str], None]
+) -> Distilled:
+    """A run's own right replies, drawn by the engine, as data for `sft` (DeepSeek-R1's third stage)."""
+    paths, _ = find_model(config.model.name)
+    asked = list(open_task(config.task).train[:items])
+    rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
+    try:
+        rollouts.use(run / "adapter.gguf" if run else None)
+        asking = [rollouts.ask(messages(item, config.task)) for item in asked]
+        seeds = [f"{config.seed} sift {n}" for n in range(len(asked))]
+        report(f"{len(asked)} prompts, {samples} replies each")
+        drawn = rollouts.draw(
+            [it.ids for it in asking],
+            samples,
+            config.grpo.max_tokens,
+            seeds,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
+        )
+    finally:
+        rollouts.close()
+    judge = Rewards(config.rewards, config.gates)
+    rows: list[str] = []
+    for item, it, replies in zip(asked, asking, drawn, strict=True):
+        whole = [it.prefix + reply.text for reply in replies if not reply.truncated]
+        for text in sorted(set(_right(judge, item, whole, config.grpo.max_tokens)), key=len):
+            rows.append(json.dumps({"id": item.id, "prompt": item.prompt, "response": text}, ensure_ascii=False) + "\n")
+    output.write_text("".join(rows), encoding="utf-8")
+    return Distilled(len(asked), len(asked) * samples, len(rows))
 
 
 def _right(judge: Rewards, item: Item, replies: list[str], max_tokens: int) -> list[str]:

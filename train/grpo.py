@@ -77,6 +77,7 @@ def run_grpo(config: RunConfig, *, resume: bool = False, anyway: bool = False, r
 
 def open_run(config: RunConfig, *, resume: bool = False) -> Run:
     """Load everything that a run needs."""
+    rewards = Rewards(config.rewards, config.gates)  # what is cheap to get wrong comes first
     paths, _ = find_model(config.model.name)
     task = open_task(config.task)
     folder = RunFolder(Path(config.out))
@@ -89,11 +90,12 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Run:
     state = State()
     if config.lora.start:
         start_from(policy, config.lora.start)
-    if resume and (restored := folder.restore(policy, optimizer)):
+    restored = folder.restore(policy, optimizer) if resume else None
+    if restored:
         state = State(**restored.state)
-    folder.forget_after(state.step)
+    folder.forget_after(restored.step if restored else -1)
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens, folder.path)
-    return Run(config, folder, task, policy, optimizer, rollouts, Rewards(config.rewards, config.gates), state)
+    return Run(config, folder, task, policy, optimizer, rollouts, rewards, state)
 
 
 def refuse_hopeless(run: Run, report: Report) -> None:
