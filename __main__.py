@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module, what it does)
     "calibrate": ("quantize.cli", "let a model write its own calibration text"),
     "measure": ("quantize.cli", "measure what a quantized file lost"),
     "verify": ("quantize.cli", "check a quantized file: structure, tokenizer, template, errors"),
+    "train": ("train.cli", "sharpen a model: supervised fine-tuning and reinforcement learning"),
     "pull": ("r1.cli", "download a model from the Hugging Face hub"),
     "list": ("r1.cli", "list the models on this disk"),
     "show": ("r1.cli", "show what a model is, and the memory it takes"),

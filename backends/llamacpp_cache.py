@@ -149,8 +149,9 @@ class LlamaCache:
         return True
 
     def clear(self) -> None:
-        """Forget everything: after a failed decode the cache cannot be trusted."""
+        """Forget everything: after a failed decode, or with other weights, the cache cannot be trusted."""
         self._cache.clear()
+        self._store.clear()
         C.llama_memory_clear(self._memory, True)
 
     def _tidy(self) -> None:

@@ -65,6 +65,8 @@ def load_model(paths: tuple[Path, ...], options: LoadOptions) -> C.llama_model_p
 
 def load_adapter(model: C.llama_model_p, path: Path) -> C.llama_adapter_lora_p:
     """Read a LoRA adapter for this model. Raises `BadModelFile`."""
+    if path.is_dir():  # of a training run
+        path /= "adapter.gguf"
     if not path.is_file():
         raise BadModelFile(f"there is no LoRA adapter {path}", "--lora takes a GGUF file and, after =, its scale")
     adapter = C.llama_adapter_lora_init(model, str(path).encode())
