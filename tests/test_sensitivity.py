@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,10 +155,9 @@ def test_the_price_of_an_error_is_the_kl_divergence_that_it_causes(tied, tmp_pat
             assert predicted < 1e-12, "a text of one token has nothing to choose between"
             continue
         shape = model.get_parameter(hf).shape
-        draws = [torch.randint(0, 2, shape, generator=random) * 2.0 - 1 for _ in range(40)]
+        draws = [torch.randint(0, 2, shape, generator=random) * 2.0 - 1 for _ in range(16)]
         measured = np.mean([kl_of(model, ids[:50], hf, signs) for signs in draws])
-        # The embedding's rows are each an error of their own, the same at every use: 3 deviations of 40 draws.
-        assert predicted == pytest.approx(measured, rel=0.15), name
+        assert predicted == pytest.approx(measured, rel=0.2), name
 
 
 def test_a_sample_of_rows_gives_the_price_of_all(tmp_path):
@@ -169,9 +170,9 @@ def test_a_sample_of_rows_gives_the_price_of_all(tmp_path):
         found = analyse(Decoder(checkpoint), ids, [candidate], text="", rows=rows, seed=seed)
         return sum(types["rounded"].kl for types in found.costs.values())
 
-    exact = np.mean([price(seed, 1000) for seed in range(30)])
-    sampled = np.mean([price(seed, 12) for seed in range(30)])
-    assert sampled == pytest.approx(exact, rel=0.05)
+    exact = np.mean([price(seed, 1000) for seed in range(8)])
+    sampled = np.mean([price(seed, 12) for seed in range(24)])
+    assert sampled == pytest.approx(exact, rel=0.1)
 
 
 def test_sampled_rows_stand_for_all_rows():
@@ -179,7 +180,7 @@ def test_sampled_rows_stand_for_all_rows():
     mass = random.exponential(1, 500) ** 3
     values = mass * random.uniform(0.5, 2, 500)
     totals = []
-    for _ in range(300):
+    for _ in range(100):
         sample = sample_rows(mass, 40, random)
         assert abs(len(sample.rows) - 40) <= 1
         assert len(set(sample.rows)) == len(sample.rows)
@@ -221,3 +222,50 @@ def test_what_is_no_price_list_is_refused(tmp_path):
 def test_forbidden_types_are_left_out_unless_a_tensor_has_no_other():
     found = Sensitivity({"a": {"x": Cost(1, 1, 1), "y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}, "", "", 1)
     assert found.of_types(["y"]) == {"a": {"y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from stillhouse.quantize.candidates import gguf_candidates
+from stillhouse.quantize.pytorch_layers import Decoder
+from stillhouse.quantize.pytorch_sensitivity import analyse
+from stillhouse.quantize.source import open_checkpoint
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+decoder, chunks = Decoder(open_checkpoint(Path(sys.argv[1]))), np.zeros((2, 64), np.int32)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+analyse(decoder, chunks, gguf_candidates(["Q4_K"]), text="", rows=16)
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read off /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """A layer has 16 MB of weights here; eight more would be 128 MB more, were they kept."""
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
+    peaks = []
+    for layers in (2, 10):
+        folder = write_checkpoint(tmp_path / str(layers), num_hidden_layers=layers, **size)
+        done = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[0] > 16, "one layer is in memory"
+    assert peaks[1] < peaks[0] + 24
