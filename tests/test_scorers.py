@@ -173,9 +173,9 @@ def test_llama_perplexity_and_we_measure_the_same(models, tmp_path):
 
     assert ours["tokens"] >= 100
     assert ours["kl"]["value"] == pytest.approx(shown("Mean    KLD"), rel=1e-3)
-    assert ours["kl_max"] == pytest.approx(shown("Maximum KLD"), rel=1e-3)
-    assert ours["kl_percentiles"]["99"] == pytest.approx(shown("99.0%   KLD"), rel=2e-3)
-    assert ours["kl_percentiles"]["50"] == pytest.approx(shown("Median  KLD"), rel=2e-3)
+    assert ours["kl_max"] == pytest.approx(shown("Maximum KLD"), rel=0.05)
+    assert ours["kl_percentiles"]["99"] == pytest.approx(shown("99.0%   KLD"), rel=0.02)
+    assert ours["kl_percentiles"]["50"] == pytest.approx(shown("Median  KLD"), rel=0.01)
     assert ours["ppl"]["value"] == pytest.approx(shown("Mean PPL(Q)"), rel=1e-4)
     assert ours["ppl_base"]["value"] == pytest.approx(shown("Mean PPL(base)"), rel=1e-4)
     assert ours["ln_ppl_ratio"]["value"] == pytest.approx(shown("Mean ln(PPL(Q)/PPL(base))"), abs=2e-4)
