@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ class TorchScorer:
     def __init__(self, folder: Path, options: LoadOptions) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "quantization" in config:  # only MLX writes it
+            message = f"{folder.name} is in MLX's format, which transformers cannot read"
+            raise BadModelFile(message, "measure a GGUF file, or a folder in a format of transformers")
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:

@@ -115,11 +115,11 @@ def measure_all(arguments: argparse.Namespace) -> None:
         gguf.publish(output[0])
         written = time.perf_counter()
         scorer = open_scorer([path], LoadOptions(threads=arguments.threads), context=CONTEXT)
-        found: dict[str, Any] = {"name": name, "bits": output[0].plan.bits_per_weight, "predicted": predicted}
+        found: dict[str, Any] = {"name": name, "bits": output[0].plan.bits_per_weight}
         for part in PARTS:
             if part not in bases:
                 kept = np.load(folder / f"{part}.npz")
-                bases[part] = ExactBase(kept["chunks"], kept["states"], hold(Rows(head)))
+                bases[part] = ExactBase(kept["chunks"], kept["states"], hold(head))
             found[part] = measure(bases[part], scorer).as_json()
         scorer.close()
         with (folder / "results.jsonl").open("a") as file:
@@ -132,13 +132,6 @@ def measure_all(arguments: argparse.Namespace) -> None:
         )
 
 
-class Rows:
-    """A tensor as the matrix that `measure` wants."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.shape, self.read = tensor.matrix, tensor.read
-
-
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -146,12 +139,15 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(arguments: argparse.Namespace) -> None:
+    folder = arguments.folder
+    weights = from_checkpoint(open_checkpoint(Path((folder / "checkpoint").read_text())))
+    predicted = {n: kl for n, (_, kl) in assignments(weights, sensitivity.read(folder / "sensitivity.json")).items()}
     print("| mix | bits | predicted KL | reasoning: KL | p99 | top-1 | ln PPL ratio | general: KL | top-1 |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for found in read_results(arguments.folder).values():
+    for name, found in read_results(folder).items():
         a, b = found["reasoning"], found["general"]
         print(
-            f"| {found['name']} | {found['bits']:.3f} | {found['predicted']:.4f} "
+            f"| {name} | {found['bits']:.3f} | {predicted[name]:.4f} "
             f"| {a['kl']['value']:.5f} ± {a['kl']['error']:.5f} | {a['kl_percentiles']['99']:.3f} "
             f"| {a['same_top']['value']:.1%} | {a['ln_ppl_ratio']['value']:+.4f} "
             f"| {b['kl']['value']:.5f} ± {b['kl']['error']:.5f} | {b['same_top']['value']:.1%} |"

@@ -9,6 +9,7 @@ weights.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Texts:
     @property
     def fingerprints(self) -> frozenset[str]:
         """Of all samples."""
-        return frozenset(sample.fingerprint for sample in self.samples)
+        return frozenset(sample.fingerprint for sample in self.samples if sample.messages or sample.text.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def read_texts(path: Path, name: str = "") -> Texts:
         lines = enumerate(content.splitlines(), 1)
         samples = tuple(_sample(path, number, line) for number, line in lines if line.strip())
     else:
-        samples = tuple(Sample(text=part.strip()) for part in content.split("\n\n") if part.strip())
+        samples = tuple(Sample(text=part) for part in content.split("\n\n")) if content.strip() else ()
     if not samples:
         raise UserError(f"{path} has no texts in it", 'one JSON object a line: {"messages": [...]} or {"text": ...}')
     return Texts(name or path.name, samples)
@@ -142,17 +143,18 @@ def _sample(path: Path, number: int, line: str) -> Sample:
 
 
 def tokens_of(texts: Texts, reader: Reader) -> list[int]:
-    """All samples one after the other, plain ones apart by an empty line."""
+    """All samples one after the other; plain ones in a row are one text, as if they had never been apart."""
     ids: list[int] = []
-    for sample in texts.samples:
-        try:
-            ids += reader.read(sample)
-        except BadPrompt as error:
-            raise UserError(
-                f"a conversation of {texts.name} cannot be written down: {error.message}", error.hint
-            ) from None
-        if not sample.messages:
-            ids += reader.encode("\n\n")
+    for is_plain, run in itertools.groupby(texts.samples, lambda sample: not sample.messages):
+        if is_plain:
+            ids += reader.encode("\n\n".join(sample.text for sample in run))
+            continue
+        for sample in run:
+            try:
+                ids += reader.read(sample)
+            except BadPrompt as error:
+                message = f"a conversation of {texts.name} cannot be written down: {error.message}"
+                raise UserError(message, error.hint) from None
     return ids
 
 

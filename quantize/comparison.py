@@ -17,7 +17,6 @@ from .kld import KldFile, Quality
 from .measure import (
     Base,
     ExactBase,
-    Held,
     Matrix,
     cut,
     hold,
@@ -150,8 +149,7 @@ def _head(source: Checkpoint | Path) -> Matrix:
         own = "lm_head.weight" in source.tensors and not source.config.get("tie_word_embeddings")
         return SourceMatrix(source, "lm_head.weight" if own else "model.embed_tokens.weight")
     tensors = {tensor.name: tensor for tensor in from_gguf(source, allow_requantize=True).tensors}
-    tensor = tensors.get("output.weight") or tensors["token_embd.weight"]
-    return Held(tensor.read(0, tensor.matrix[0]))
+    return tensors.get("output.weight") or tensors["token_embd.weight"]
 
 
 def _measured(request: Request, name: str, base: Base, scorer: Scorer) -> Quality:

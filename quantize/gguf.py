@@ -53,20 +53,24 @@ class Output:
 
 
 def outputs(plans: Sequence[Plan], weights: Weights, importance: Mapping[str, Floats]) -> list[Output]:
-    """Where each plan's bytes gather until it is done."""
+    """Where each plan's bytes gather until it is done; plans for one path are rivals, and each has its own place."""
     digest = hashlib.sha256()
     for name in sorted(importance):
         digest.update(name.encode() + importance[name].tobytes())
     code = hashlib.sha256(Path(library()).read_bytes()).hexdigest()
-    return [
-        Output(
-            plan,
-            plan.path.with_name(plan.path.name + ".partial"),
-            plan.path.with_name(plan.path.name + ".journal"),
-            plan.fingerprint(weights, digest.hexdigest(), code),
+    found = []
+    for number, plan in enumerate(plans):
+        rivals = [other for other in plans[:number] if other.path == plan.path]
+        name = plan.path.name + (f".{len(rivals) + 1}" if rivals else "")
+        found.append(
+            Output(
+                plan,
+                plan.path.with_name(f"{name}.partial"),
+                plan.path.with_name(f"{name}.journal"),
+                plan.fingerprint(weights, digest.hexdigest(), code),
+            )
         )
-        for plan in plans
-    ]
+    return found
 
 
 def check_room(wanted: Sequence[Output], threads: int, *, resume: bool) -> None:

@@ -31,6 +31,7 @@ from .weights import Weights, from_checkpoint, from_gguf
 if TYPE_CHECKING:
     from .importance import Importance
     from .kld import Quality
+    from .sensitivity import Costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,11 @@ class Options:
     allow_requantize: bool = False
     threads: int = 1
     offline: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether every file is compared with its source before it gets its name."""
+        return self.measures or bool(self.max_kld)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ def _importance(options: Options, checkpoint: Checkpoint | None, weights: Weight
     elif options.calibration and not options.dry_run:
         from .analysis import collect_importance
 
-        found = collect_importance(_needed(checkpoint), options.calibration, threads=options.threads)
+        found = collect_importance(checkpoint or weights.files[0].path, options.calibration, threads=options.threads)
         path = _folder(options) / f"{_stem(weights)}.imatrix.gguf"
         files.write(path, found)
         _note(f"importance matrix: {path}")
@@ -149,13 +155,13 @@ def _rungs(
     if options.target_bits or options.target_bytes:
         if costs is None:
             raise UserError("a mix needs a price list", "give --calibration builtin, or a --sensitivity file")
-        rungs.append(_mix(options, weights, costs))
+        rungs += _mixes(options, weights, costs)
     return rungs
 
 
 def _costs(
     options: Options, checkpoint: Checkpoint | None, weights: Weights, importance: Importance | None
-) -> Mapping[str, Mapping[str, Any]] | None:
+) -> Costs | None:
     """The price list, read or found; `None` where nobody asked for one."""
     from . import sensitivity as files
 
@@ -178,20 +184,22 @@ def _costs(
     return found.costs
 
 
-def _mix(options: Options, weights: Weights, costs: Mapping[str, Mapping[str, Any]]) -> _Rung:
-    """The best types for a size, by predicted KL divergence."""
-    from .allocate import allocate
+def _mixes(options: Options, weights: Weights, costs: Costs) -> list[_Rung]:
+    """The best types for a size, by predicted KL divergence; where files are measured anyway, rivals for it."""
+    from .allocate import allocate, frontier
 
-    fixed = sum(t.size * 4 for t in weights.tensors if t.name not in costs)
+    fixed = sum(tensor.size * 4 for tensor in weights.tensors if tensor.name not in costs)
     if options.target_bits:
         budget = int(weights.parameters * options.target_bits / 8) - fixed
     else:
         header = len(_plan(options, weights, _Rung("Q8_0", assign("Q8_0", weights), None), None).header)
         budget = options.target_bytes - header - 32 * len(weights.tensors) - fixed
-    plan = allocate(costs, budget)
-    choice = fitted(weights, dict(plan.assignment) | _forced(options, weights))
-    bits = options.target_bits or 8 * budget / weights.parameters
-    return _Rung(f"MIX_{bits:.2f}".replace(".", "_"), choice, _predicted(costs, choice))
+    bits = options.target_bits or 8 * (budget + fixed) / weights.parameters
+    rungs = []
+    for plan in frontier(costs, budget) if options.is_measured else [allocate(costs, budget)]:
+        choice = fitted(weights, plan.assignment | _forced(options, weights))
+        rungs.append(_Rung(f"MIX_{bits:.2f}".replace(".", "_"), choice, _predicted(costs, choice)))
+    return rungs
 
 
 def _forced(options: Options, weights: Weights) -> dict[str, str]:
@@ -200,10 +208,11 @@ def _forced(options: Options, weights: Weights) -> dict[str, str]:
     return {name: type for name, type in forced.items() if type != plain[name]}
 
 
-def _predicted(costs: Mapping[str, Mapping[str, Any]] | None, choice: Choice) -> float | None:
-    if costs is None or any(choice.types[name] not in costs[name] for name in costs if name in choice.types):
+def _predicted(costs: Costs | None, choice: Choice) -> float | None:
+    """The KL divergence that the price list tells; `None` where it lacks a type."""
+    if costs is None or any(choice.types[name] not in types for name, types in costs.items() if name in choice.types):
         return None
-    return sum(costs[name][choice.types[name]].kl for name in costs)
+    return sum(types[choice.types[name]].kl for name, types in costs.items() if name in choice.types)
 
 
 def _plan(options: Options, weights: Weights, rung: _Rung, importance: Importance | None) -> Plan:
@@ -224,6 +233,11 @@ def _plan(options: Options, weights: Weights, rung: _Rung, importance: Importanc
     }
     if weights.revision:
         extra["stillhouse.source.revision"] = weights.revision
+    if options.calibration:
+        from .analysis import calibration_texts
+        from .calibration import metadata
+
+        extra |= metadata(calibration_texts(options.calibration))
     if importance is not None:
         extra |= {
             "quantize.imatrix.file": options.imatrix.name if options.imatrix else f"{_stem(weights)}.imatrix.gguf",
@@ -295,43 +309,45 @@ def _deliver(
     hashes: Mapping[str, str],
     options: Options,
 ) -> int:
-    """Seal, measure, name. A file that is too bad is deleted, and the others are delivered first."""
+    """Seal, measure, name. Of rivals for a name the best gets it; what is too bad is deleted at the end."""
+    from . import card
+
     metadata: dict[str, Any] = {"stillhouse.source.sha256": [hashes[file.path.name] for file in weights.files]}
-    too_bad: list[str] = []
+    judge = None
+    if options.is_measured:
+        from .analysis import Judge
+
+        judge = Judge(_needed(checkpoint), options.threads)
+    rivals: dict[Path, list[tuple[writer.Output, Mapping[str, Quality] | None]]] = {}
     for output in wanted:
         writer.seal(output, metadata)
         read_header(output.partial)
-        quality: Mapping[str, Quality] | None = None
-        if options.measures or options.max_kld:
-            from .analysis import measure_file
-            from .card import quality_json
-
-            quality = measure_file(output.partial, _needed(checkpoint), threads=options.threads)
-            writer.seal(output, metadata | {QUALITY: reserved(quality_json(quality))})
-            worst = max(found.kl.value for found in quality.values())
-            if options.max_kld and worst > options.max_kld:
-                writer.discard(output)
-                too_bad.append(f"{output.plan.path.name} has a KL divergence of {worst:.4f}")
-                continue
+        quality = judge.measure(output.partial) if judge else None
+        if quality:
+            writer.seal(output, metadata | {QUALITY: reserved(card.quality_json(quality))})
+        rivals.setdefault(output.plan.path, []).append((output, quality))
+    too_bad: list[str] = []
+    for group in rivals.values():
+        group.sort(key=lambda pair: _loss(pair[1]))
+        for output, _ in group[1:]:
+            writer.discard(output)
+        output, quality = group[0]
+        if options.max_kld and _loss(quality) > options.max_kld:
+            writer.discard(output)
+            too_bad.append(f"{output.plan.path.name} has a KL divergence of {_loss(quality):.4f}")
+            continue
         path = writer.publish(output)
-        _write_card(output.plan, weights, hashes, quality)
+        path.with_suffix(".md").write_text(card.text(output.plan, weights, hashes, quality), encoding="utf-8")
         print(path)
     if too_bad:
-        raise QualityTooLow(
-            f"{too_bad[0]}, more than {options.max_kld:g}; it was deleted",
-            "take a larger type, or give a --calibration",
-        )
+        hint = "take a larger type, or weigh it with --calibration"
+        raise QualityTooLow(f"{too_bad[0]}, more than {options.max_kld:g}; it was deleted", hint)
     return 0
 
 
-def _write_card(plan: Plan, weights: Weights, hashes: Mapping[str, str], quality: Mapping[str, Quality] | None) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("stillhouse.quantize.card") is None:
-        return
-    from .card import text
-
-    plan.path.with_suffix(".md").write_text(text(plan, weights, hashes, quality), encoding="utf-8")
+def _loss(quality: Mapping[str, Quality] | None) -> float:
+    """The KL divergence on the text that suffers most."""
+    return max((found.kl.value for found in quality.values()), default=0.0) if quality else 0.0
 
 
 def _note(text: str) -> None:

@@ -84,14 +84,14 @@ class Base(Protocol):
 
 
 class Matrix(Protocol):
-    """An output matrix on disk."""
+    """An output matrix on disk: a `weights.Tensor` is one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(V, D)."""
         ...
 
-    def read(self, start: int, stop: int) -> Floats:
+    def read(self, start: int, stop: int, /) -> Floats:
         """Rows as float32."""
         ...
 

@@ -4,20 +4,23 @@ Forwards, the input of every layer is kept; then from the last layer to the firs
 kept, and the gradient is taken through it. One product of matrices for each weight matrix, (G*G)^T (X*X), is the sum of
 its Fisher information over all positions; its candidates are rendered, and it is forgotten. At the output the
 expectation over y is exact, p (1 - p), and the vocabulary goes by in slabs. A tied matrix has both shares, as embedding
-and as output. Shapes: N texts, T tokens, D the width, V the vocabulary, P = N T positions.
+and as output. Kernels that round their inputs to 8 bits, as llama.cpp's do on a processor, lose something even where
+the weights lose nothing; the gradient at the inputs prices that, too.
+
+Shapes: N texts, T tokens, D the width, V the vocabulary, P = N T positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architectures import OUTSIDE
-from .importance import Floats, Importance, Sums
+from .importance import Floats, Importance
 from .kld import Ids
 from .pytorch_layers import EMBEDDING, Decoder, Layer
 from .sensitivity import ROWS, Candidate, Cost, Sensitivity, price, sample_rows
@@ -39,6 +42,11 @@ class _Pass:
     random: np.random.Generator
     progress: Callable[[int], None]
     costs: dict[str, dict[str, Cost]] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> set[int]:
+        """In which lengths the candidates' kernels round their inputs."""
+        return {candidate.input_block for candidate in self.candidates if candidate.input_block}
 
     @property
     def count(self) -> int:
@@ -94,6 +102,7 @@ class _Head:
 
     log_total: Tensor  # (P,) of the exponentials of the logits
     mass: Tensor  # (V,) how much Fisher information each row has
+    rounding: dict[int, float]  # what 8-bit states cost, by the length of a block
 
 
 def _through_head(work: _Pass, last: Tensor) -> tuple[Tensor, Tensor, _Head]:
@@ -113,9 +122,11 @@ def _through_head(work: _Pass, last: Tensor) -> tuple[Tensor, Tensor, _Head]:
             p[here, drawn[here] - start] -= 1
             gradient += (p * scored) @ matrix
         states.backward(gradient.reshape(states.shape))
+    rounding: dict[int, float] = {}
+    _add_rounding(rounding, gradient, flat, work.blocks)
     work.progress(1)
     assert last.grad is not None
-    return flat, last.grad, _Head(log_total, torch.cat(mass))
+    return flat, last.grad, _Head(log_total, torch.cat(mass), rounding)
 
 
 def _draw(work: _Pass, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,51 +160,66 @@ def _output_slabs(decoder: Decoder) -> Iterator[tuple[int, Tensor]]:
 # 2. A layer
 
 
+@dataclass(slots=True)
+class Use:
+    """How a matrix (O, I) is used, summed over all positions."""
+
+    fisher: Tensor  # (O, I) of g^2 x^2
+    squares: Tensor  # (I,) of x^2
+    rounding: dict[int, float]  # half of (g W)^2 dx^2, by the length of the blocks that inputs are rounded in
+    positions: int = 0
+
+
 def _through_layer(work: _Pass, number: int, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Price a layer's matrices; the gradient (N, T, D) at its output becomes that at its input."""
     with work.decoder.layer(number) as layer:
-        fisher, sums, before = fisher_of(work.decoder, layer, inputs, gradient)
-        moments = sums.importance((), 0, 0).values
+        uses, before = uses_of(work.decoder, layer, inputs, gradient, work.blocks)
         for name, linear in layer.linears.items():
-            weights, information = linear.weight.detach(), fisher.pop(name)
-            mass = information.sum(1) * (weights * weights).mean(1)
+            weights, use = linear.weight.detach(), uses.pop(name)
+            moments = (use.squares / use.positions).float().numpy()
+            mass = use.fisher.sum(1) * (weights * weights).mean(1)
             sample = sample_rows(mass.numpy(), work.rows, work.random)
-            importance = work.importance.values.get(name) if work.importance else moments[name]
             work.costs[name] = price(
                 weights[sample.rows].numpy(),
-                (information[sample.rows] / work.count).numpy(),
+                (use.fisher[sample.rows] / work.count).numpy(),
                 sample,
                 (len(weights), weights.shape[1]),
                 work.candidates,
-                importance,
-                moments[name],
+                importance=work.importance.values.get(name) if work.importance else moments,
+                second_moments=moments,
+                rounding={block: kl / work.count for block, kl in use.rounding.items()},
             )
     return before
 
 
-def fisher_of(
-    decoder: Decoder, layer: Layer, inputs: Tensor, gradient: Tensor
-) -> tuple[dict[str, Tensor], Sums, Tensor]:
-    """Sums over all positions of g^2 x^2 for each matrix (O, I), those of x^2, and the gradient at the layer's input.
+def uses_of(
+    decoder: Decoder, layer: Layer, inputs: Tensor, gradient: Tensor, blocks: Collection[int] = ()
+) -> tuple[dict[str, Use], Tensor]:
+    """How a layer uses its matrices, and the gradient at its input.
 
     `inputs` and `gradient`, that at the layer's output, are (N, T, D).
     """
-    fisher = {name: torch.zeros_like(linear.weight) for name, linear in layer.linears.items()}
-    sums = Sums()
+    uses = {
+        name: Use(torch.zeros_like(linear.weight), torch.zeros(linear.in_features, dtype=torch.float64), {})
+        for name, linear in layer.linears.items()
+    }
 
-    def watch(name: str) -> Callable[..., None]:
-        def forward(_: object, taken: tuple[Tensor, ...], given: Tensor) -> None:
-            x2 = taken[0].detach().reshape(-1, taken[0].shape[-1]).square()
-            sums.add(name, x2.sum(0, dtype=torch.float64).numpy(), len(x2))
+    def watch(use: Use) -> Callable[..., None]:
+        def forward(linear: nn.Linear, taken: tuple[Tensor, ...], given: Tensor) -> None:
+            x = taken[0].detach().reshape(-1, linear.in_features)
+            use.squares += x.square().sum(0, dtype=torch.float64)
+            use.positions += len(x)
 
-            def backward(g: Tensor) -> None:
-                fisher[name].addmm_(g.reshape(-1, g.shape[-1]).square().T, x2)
+            def backward(gradient: Tensor) -> None:
+                g = gradient.reshape(-1, linear.out_features)
+                use.fisher.addmm_(g.square().T, x.square())
+                _add_rounding(use.rounding, g @ linear.weight, x, blocks)
 
             given.register_hook(backward)
 
         return forward
 
-    hooks = [linear.register_forward_hook(watch(name)) for name, linear in layer.linears.items()]
+    hooks = [linear.register_forward_hook(watch(uses[name])) for name, linear in layer.linears.items()]
     before = torch.empty_like(inputs)
     for n in range(len(inputs)):
         text = inputs[n : n + 1].detach().requires_grad_()
@@ -202,7 +228,22 @@ def fisher_of(
         before[n : n + 1] = text.grad
     for hook in hooks:
         hook.remove()
-    return fisher, sums, before
+    return uses, before
+
+
+def _add_rounding(sums: dict[int, float], gradient: Tensor, x: Tensor, blocks: Collection[int]) -> None:
+    """Half of the sum of (dL/dx)^2 dx^2: what 8-bit inputs (P, I) cost, for each length of a block that fits."""
+    for block in blocks:
+        if x.shape[1] % block == 0:
+            errors = rounding_errors(x, block)
+            sums[block] = sums.get(block, 0.0) + 0.5 * float((gradient * errors).square().sum(dtype=torch.float64))
+
+
+def rounding_errors(x: Tensor, block: int) -> Tensor:
+    """What 8 bits leave out of inputs (P, I), where each `block` of a row has a step of its own: (P, I)."""
+    parts = x.reshape(len(x), -1, block)
+    step = (parts.abs().amax(-1, keepdim=True) / 127).clamp_(min=1e-30)
+    return ((parts / step).round_() * step - parts).reshape(x.shape)
 
 
 # 3. What is outside of the layers
@@ -248,8 +289,9 @@ def _price_vocabulary(
         sample,
         shape,
         work.candidates,
-        _importance(work, name),
-        states.square().mean(0).numpy() if head is not None else np.ones(shape[1], np.float32),
+        importance=_importance(work, name),
+        second_moments=states.square().mean(0).numpy() if head is not None else np.ones(shape[1], np.float32),
+        rounding={block: kl / work.count for block, kl in head.rounding.items()} if head is not None else {},
     )
 
 

@@ -3,7 +3,8 @@
 Near the model's own weights, the mean KL divergence of model against quantized is half the sum of F dW^2 over all
 weights, where dW is the error and F the diagonal of the Fisher information: F = E_t[g^2 x^2], with x the matrix's input
 at position t and g the gradient at its output of -log p(y), for y drawn from the model itself. dW is the real one: rows
-are rendered in the type and read back. It knows arrays only; `pytorch_sensitivity` gets F from a checkpoint.
+are rendered in the type and read back. Where a type's kernel rounds its inputs, the matrix pays for that as well. It
+knows arrays only; `pytorch_sensitivity` gets F from a checkpoint.
 Source: the second-order expansion of KL, as in Martens, "New insights and perspectives on the natural gradient method".
 Shapes: a matrix has O rows (its outputs) and I columns (its inputs).
 """
@@ -35,6 +36,7 @@ class Candidate:
     name: str  # "Q4_K"
     size: Callable[[int, int], int | None]  # rows and columns to bytes; None = it cannot take rows so long
     render: Callable[[Floats, Floats | None], Floats]  # rows (R, I) and importance (I,) to rows as they are read back
+    input_block: int = 0  # its kernel rounds inputs to 8 bits in blocks of so many; 0 = it does not
 
 
 class Cost(NamedTuple):
@@ -103,13 +105,15 @@ def price(
     sample: Sample,
     shape: tuple[int, int],
     candidates: Sequence[Candidate],
+    *,
     importance: Floats | None,
     second_moments: Floats,
+    rounding: Mapping[int, float],
 ) -> dict[str, Cost]:
     """What a matrix (O, I) costs in each candidate type that can take it.
 
     `weights` and `fisher` are of the sampled rows (R, I), `fisher` a token; `importance` (I,) is what the quantizer is
-    given, `second_moments` (I,) the mean of x^2.
+    given, `second_moments` (I,) the mean of x^2, `rounding` what inputs of 8 bits cost, by the length of their blocks.
     """
     found = {}
     for candidate in candidates:
@@ -119,7 +123,7 @@ def price(
         squares = (candidate.render(weights, importance) - weights) ** 2  # (R, I)
         kl = 0.5 * np.einsum("r,ri,ri->", sample.weights, fisher, squares, dtype=np.float64, casting="same_kind")
         error = np.einsum("r,ri,i->", sample.weights, squares, second_moments, dtype=np.float64, casting="same_kind")
-        found[candidate.name] = Cost(float(kl), float(error), size)
+        found[candidate.name] = Cost(float(kl) + rounding.get(candidate.input_block, 0.0), float(error), size)
     return found
 
 

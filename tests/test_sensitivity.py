@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason='the analysis needs tr
 from stillhouse.quantize import sensitivity  # noqa: E402
 from stillhouse.quantize.architectures import hf_name  # noqa: E402
 from stillhouse.quantize.pytorch_layers import Decoder  # noqa: E402
-from stillhouse.quantize.pytorch_sensitivity import analyse, fisher_of  # noqa: E402
+from stillhouse.quantize.pytorch_sensitivity import analyse, rounding_errors, uses_of  # noqa: E402
 from stillhouse.quantize.sensitivity import Candidate, Cost, Sensitivity, sample_rows  # noqa: E402
 from stillhouse.quantize.source import open_checkpoint  # noqa: E402
 from stillhouse.r1.errors import UserError  # noqa: E402
@@ -86,7 +88,7 @@ def test_the_fisher_information_of_one_token_is_the_square_of_the_gradient(tmp_p
     random = torch.Generator().manual_seed(0)
     inputs, gradient = torch.randn(2, 5, 1, 32, generator=random)
     with decoder.layer(0) as layer:
-        fisher, sums, before = fisher_of(decoder, layer, inputs, gradient)
+        uses, before = uses_of(decoder, layer, inputs, gradient)
         expected = {name: torch.zeros_like(linear.weight) for name, linear in layer.linears.items()}
         layer.module.requires_grad_(True)
         text = inputs[0]
@@ -98,10 +100,10 @@ def test_the_fisher_information_of_one_token_is_the_square_of_the_gradient(tmp_p
                 expected[name] += linear.weight.grad**2
 
     assert expected["blk.0.ffn_down.weight"].abs().max() > 0
-    for name, information in fisher.items():
-        assert torch.allclose(information, expected[name], rtol=1e-4, atol=1e-9), name
+    for name, use in uses.items():
+        assert torch.allclose(use.fisher, expected[name], rtol=1e-4, atol=1e-9), name
+        assert use.positions == 5
     assert torch.allclose(before[-1:], text.grad)
-    assert set(sums.counts.values()) == {5}
 
 
 def test_over_many_tokens_it_is_the_sum_of_the_products_of_squares(tmp_path):
@@ -110,13 +112,14 @@ def test_over_many_tokens_it_is_the_sum_of_the_products_of_squares(tmp_path):
     inputs, gradient = torch.randn(2, 3, 7, 32, generator=random)
     seen: dict[str, Any] = {}
     with decoder.layer(1) as layer:
-        fisher, _, _ = fisher_of(decoder, layer, inputs, gradient)
+        use = uses_of(decoder, layer, inputs, gradient)[0]["blk.1.ffn_down.weight"]
         down = layer.linears["blk.1.ffn_down.weight"]
         down.register_forward_pre_hook(lambda _, taken: seen.update(x=taken[0].detach()))
         decoder.run(layer, inputs)
     # The gradient at a layer's output is that at the output of its last matrix.
     expected = torch.einsum("nto,nti->oi", gradient**2, seen["x"] ** 2)
-    assert torch.allclose(fisher["blk.1.ffn_down.weight"], expected, rtol=1e-4)
+    assert torch.allclose(use.fisher, expected, rtol=1e-4)
+    assert torch.allclose(use.squares, (seen["x"].double() ** 2).sum((0, 1)))
 
 
 def kl_of(model: Any, ids: np.ndarray, name: str, signs: torch.Tensor) -> float:
@@ -153,10 +156,37 @@ def test_the_price_of_an_error_is_the_kl_divergence_that_it_causes(tied, tmp_pat
             assert predicted < 1e-12, "a text of one token has nothing to choose between"
             continue
         shape = model.get_parameter(hf).shape
-        draws = [torch.randint(0, 2, shape, generator=random) * 2.0 - 1 for _ in range(40)]
+        draws = [torch.randint(0, 2, shape, generator=random) * 2.0 - 1 for _ in range(16)]
         measured = np.mean([kl_of(model, ids[:50], hf, signs) for signs in draws])
-        # The embedding's rows are each an error of their own, the same at every use: 3 deviations of 40 draws.
-        assert predicted == pytest.approx(measured, rel=0.15), name
+        assert predicted == pytest.approx(measured, rel=0.2), name
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_v.weight", "output.weight"])
+def test_inputs_in_8_bits_cost_what_they_are_priced_at(name, tmp_path):
+    """A type that keeps weights as they are, read by a kernel that rounds what they are multiplied with, coarsely."""
+    folder = write_checkpoint(tmp_path, vocab_size=400)
+    ids = np.arange(400, dtype=np.int32)[:, None]
+    exact = Candidate("exact", lambda rows, cols: rows * cols, lambda rows, _: rows, input_block=16)
+    found = analyse(Decoder(open_checkpoint(folder)), ids, [exact], text="", first=0, rows=10)
+
+    model, hf = whole(folder), hf_name(name)
+    assert hf
+    matrix = model.get_submodule(hf.removesuffix(".weight"))
+    with torch.inference_mode():
+        base = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
+        matrix.register_forward_pre_hook(lambda _, taken: (taken[0] + rounding_errors(taken[0][:, 0], 16)[:, None],))
+        changed = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
+    measured = float((base.exp() * (base - changed)).sum(-1).mean())
+    assert found.costs[name]["exact"].kl == pytest.approx(measured, rel=0.3)
+
+
+def test_what_8_bits_leave_out_is_half_a_step_at_most():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    x[0, :32] = 0
+    errors = rounding_errors(x, 32)
+    steps = x.reshape(3, 2, 32).abs().amax(-1) / 127
+    assert (errors.reshape(3, 2, 32).abs().amax(-1) <= steps / 2 * 1.001).all()
+    assert errors[1].abs().max() > steps.max() / 4
 
 
 def test_a_sample_of_rows_gives_the_price_of_all(tmp_path):
@@ -169,9 +199,9 @@ def test_a_sample_of_rows_gives_the_price_of_all(tmp_path):
         found = analyse(Decoder(checkpoint), ids, [candidate], text="", rows=rows, seed=seed)
         return sum(types["rounded"].kl for types in found.costs.values())
 
-    exact = np.mean([price(seed, 1000) for seed in range(30)])
-    sampled = np.mean([price(seed, 12) for seed in range(30)])
-    assert sampled == pytest.approx(exact, rel=0.05)
+    exact = np.mean([price(seed, 1000) for seed in range(8)])
+    sampled = np.mean([price(seed, 12) for seed in range(24)])
+    assert sampled == pytest.approx(exact, rel=0.1)
 
 
 def test_sampled_rows_stand_for_all_rows():
@@ -179,7 +209,7 @@ def test_sampled_rows_stand_for_all_rows():
     mass = random.exponential(1, 500) ** 3
     values = mass * random.uniform(0.5, 2, 500)
     totals = []
-    for _ in range(300):
+    for _ in range(100):
         sample = sample_rows(mass, 40, random)
         assert abs(len(sample.rows) - 40) <= 1
         assert len(set(sample.rows)) == len(sample.rows)
@@ -221,3 +251,50 @@ def test_what_is_no_price_list_is_refused(tmp_path):
 def test_forbidden_types_are_left_out_unless_a_tensor_has_no_other():
     found = Sensitivity({"a": {"x": Cost(1, 1, 1), "y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}, "", "", 1)
     assert found.of_types(["y"]) == {"a": {"y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from stillhouse.quantize.candidates import gguf_candidates
+from stillhouse.quantize.pytorch_layers import Decoder
+from stillhouse.quantize.pytorch_sensitivity import analyse
+from stillhouse.quantize.source import open_checkpoint
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+decoder, chunks = Decoder(open_checkpoint(Path(sys.argv[1]))), np.zeros((2, 64), np.int32)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+analyse(decoder, chunks, gguf_candidates(["Q4_K"]), text="", rows=16)
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read off /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """A layer has 16 MB of weights here; eight more would be 128 MB more, were they kept."""
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
+    peaks = []
+    for layers in (2, 10):
+        folder = write_checkpoint(tmp_path / str(layers), num_hidden_layers=layers, **size)
+        done = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[0] > 16, "one layer is in memory"
+    assert peaks[1] < peaks[0] + 24

@@ -180,6 +180,36 @@ def write_tokenizer(folder: Path, words: str = WORDS) -> int:
     return first + len(special)
 
 
+def write_r1_tokenizer(vocabulary: Path, folder: Path) -> int:
+    """R1's real tokenizer as DeepSeek's folder has it, from the metadata of a GGUF file; returns how many tokens."""
+    import gguf
+
+    fields = gguf.GGUFReader(vocabulary).fields
+
+    def value(key: str) -> Any:
+        return fields[f"tokenizer.{key}"].contents()
+
+    tokens, kinds = value("ggml.tokens"), value("ggml.token_type")
+    texts = {number: text for number, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != 5}
+    write_tokenizer(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] = {text: n for n, text in texts.items() if kinds[n] == 1}
+    tokenizer["model"]["merges"] = [merge.split(" ") for merge in value("ggml.merges")]
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] = [
+        first | {"id": n, "content": text, "special": kinds[n] == 3} for n, text in texts.items() if kinds[n] != 1
+    ]
+    bos, eos = tokens[value("ggml.bos_token_id")], tokens[value("ggml.eos_token_id")]
+    special = {bos: {"id": bos, "ids": [value("ggml.bos_token_id")], "tokens": [bos]}}
+    text = json.dumps(tokenizer["post_processor"], ensure_ascii=False).replace(CONTROL[0], bos)
+    tokenizer["post_processor"] = json.loads(text) | {"special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    options |= {"bos_token": bos, "eos_token": eos, "pad_token": eos, "chat_template": value("chat_template")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options, ensure_ascii=False), encoding="utf-8")
+    return len(tokens)
+
+
 def _byte_names() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
