@@ -272,6 +272,7 @@ def measure_peer(folder: Path, arguments: argparse.Namespace) -> list[tuple[str,
         command += ["--name", "stillhouse,transformers", "--baseline", "transformers", "--streams", "4"]
         command += ["--model", f"{folder},{folder}", "--requests", str(arguments.requests), "--json", str(result)]
         command += ["--rounds", str(arguments.rounds), "--max-tokens", str(arguments.tokens), "--prompt-tokens", "30"]
+        command += ["--no-ignore-eos"]  # transformers refuses requests that say it; random weights hardly ever end
         subprocess.run(command, check=False)
     levels = json.loads(result.read_text())["levels"]
     rates = {

@@ -174,8 +174,9 @@ def random_model(
     context: int = 2048,
     seed: int = 0,
     norm: float = 1.0,
+    scale: float = 2.0,
 ) -> Model:
-    """Weights for one of the architectures, the same for the same seed."""
+    """Weights for one of the architectures, the same for the same seed; with a smaller scale, less wild ones."""
     random = np.random.default_rng(seed)
     words = words or byte_words()
     weights: dict[str, NDArray[np.float32]] = {}
@@ -195,17 +196,17 @@ def random_model(
         ones(f"{prefix}.input_layernorm", shape.width)
         ones(f"{prefix}.post_attention_layernorm", shape.width)
         for part, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
-            matrix(f"{prefix}.self_attn.{part}_proj", heads * shape.head, shape.width, 2.0)
+            matrix(f"{prefix}.self_attn.{part}_proj", heads * shape.head, shape.width, scale)
             if architecture == "qwen2":
                 bias = random.standard_normal(heads * shape.head, np.float32) * np.float32(0.5)
                 weights[f"{prefix}.self_attn.{part}_proj.bias"] = bias
         if architecture == "qwen3":
             ones(f"{prefix}.self_attn.q_norm", shape.head, 1.5)
             ones(f"{prefix}.self_attn.k_norm", shape.head, 1.5)
-        matrix(f"{prefix}.self_attn.o_proj", shape.width, shape.heads * shape.head, 2.0)
-        matrix(f"{prefix}.mlp.gate_proj", shape.forward, shape.width, 2.0)
-        matrix(f"{prefix}.mlp.up_proj", shape.forward, shape.width, 2.0)
-        matrix(f"{prefix}.mlp.down_proj", shape.width, shape.forward, 2.0)
+        matrix(f"{prefix}.self_attn.o_proj", shape.width, shape.heads * shape.head, scale)
+        matrix(f"{prefix}.mlp.gate_proj", shape.forward, shape.width, scale)
+        matrix(f"{prefix}.mlp.up_proj", shape.forward, shape.width, scale)
+        matrix(f"{prefix}.mlp.down_proj", shape.width, shape.forward, scale)
     return Model(architecture, shape, words, weights, context)
 
 

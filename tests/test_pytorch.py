@@ -507,6 +507,22 @@ def test_shards_are_read_together(random_checkpoint, tmp_path, backend):
     assert ids(reply(opened.backend, LONG)) == ids(reply(backend, LONG))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_a_checkpoint_in_nf4_is_served_as_it_is(random_checkpoint, checkpoint_path, open_checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    module = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_path, quantization_config=config)
+    random_checkpoint.write_checkpoint(tmp_path)  # its tokenizer
+    module.save_pretrained(tmp_path)
+    backend = open_checkpoint("pytorch", tmp_path)
+    assert type(backend._module.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    said = reply(backend, LONG, 12, top_logprobs=0)
+    rows = full_logprobs(backend._module, [*map(ord, LONG), *ids(said)])[len(LONG) - 1 : -1]
+    assert ids(said) == [int(row.argmax()) for row in rows]
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = {
     "a CPU with bf16": ("BF16", CPU, True, "auto", torch.bfloat16),
