@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..r1.flags import Flags
 from . import settings as flags
 
 _SERVE_EXAMPLES = """examples:
@@ -27,7 +28,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="stillhouse serve",
         description="Serve a model to OpenAI clients.",
         epilog=_SERVE_EXAMPLES,
@@ -71,7 +72,7 @@ def _serve(argv: list[str]) -> int:
 
 
 def _chat(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="stillhouse chat",
         description="Talk to a model in the terminal.",
         epilog=_CHAT_EXAMPLES,

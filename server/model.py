@@ -13,7 +13,7 @@ from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
-from ..r1.tools import Format, format_of
+from ..r1.tool_formats import Format, calls_in
 
 ECHO = "echo"
 _ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
@@ -46,7 +46,7 @@ class ServedModel:
     @property
     def call_format(self) -> Format:
         """How it writes tool calls."""
-        return format_of(self.template.source)
+        return calls_in(self.template.source).format
 
     def answers_to(self, name: str | None) -> bool:
         """Whether a request for this name is for this model; no name is any model."""
