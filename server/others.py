@@ -86,24 +86,28 @@ HARMLESS = (  # accepted; no answer depends on them
 )
 
 
-def refuse(extra: dict[str, Any] | None) -> None:
-    """Raise a `ValueError` for the first of the unlisted fields that would change the answer; forget the others."""
-    complaint = next(filter(None, (_complaint(name, value) for name, value in (extra or {}).items())), None)
+def refuse(extra: dict[str, Any] | None, elsewhere: Mapping[str, str]) -> None:
+    """Raise a `ValueError` for the first of the unlisted fields that would change the answer; forget the others.
+
+    `elsewhere` has more of these, which another path serves: field -> what to do instead.
+    """
+    refused = REFUSED | dict(elsewhere)
+    complaint = next(filter(None, (_complaint(name, value, refused) for name, value in (extra or {}).items())), None)
     if complaint:
         raise ValueError(complaint)
     if extra:
         extra.clear()
 
 
-def _complaint(name: str, value: Any) -> str | None:
+def _complaint(name: str, value: Any, refused: Mapping[str, str]) -> str | None:
     if name in MUST_BE_TRUE and value is False:
         return f"{name}: can't be false here; {MUST_BE_TRUE[name]}"
-    if name in REFUSED and not _asks_for_nothing(name, value):
-        return f"{name}: not served; {REFUSED[name]}"
+    if name in refused and not _asks_for_nothing(name, value):
+        return f"{name}: not served; {refused[name]}"
     return None
 
 
-_NEUTRAL: Mapping[str, Any] = {"verbosity": "medium", "length_penalty": 1, "n_predict": -1}
+_NEUTRAL: Mapping[str, Any] = {"verbosity": "medium", "length_penalty": 1, "best_of": 1, "n_predict": -1}
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

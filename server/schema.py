@@ -199,7 +199,7 @@ class ChatRequest(SamplingFields, ReasoningFields, FormFields, ToolFields):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> ChatRequest:
-        refuse(self.__pydantic_extra__)
+        refuse(self.__pydantic_extra__, _TEXT_ONLY)
         resumed = self.messages[-1].role == "assistant"
         if resumed and (self.continue_final_message is False or self.add_generation_prompt is True):
             raise ValueError("messages: a last message of the assistant is gone on with; leave it out for a new one")
@@ -227,19 +227,10 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    regex: Any = None
-    choice: Any = None
-    grammar: Any = None
-    tools: Any = None
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> CompletionRequest:
-        refuse(self.__pydantic_extra__)
-        for field in ("response_format", "structured_outputs", "regex", "choice", "grammar", "tools"):
-            if getattr(self, field):
-                raise ValueError(f"{field}: not served here; ask /v1/chat/completions")
+        refuse(self.__pydantic_extra__, dict.fromkeys(_CHAT_ONLY, "ask /v1/chat/completions"))
         if self.suffix:
             raise ValueError("suffix: text can't be filled in; leave it out")
         if self.best_of not in (None, self.n or 1):
@@ -249,6 +240,15 @@ class CompletionRequest(SamplingFields):
         if not self.prompt:
             raise ValueError("prompt: is empty")
         return self
+
+
+_CHAT_ONLY = ChatRequest.model_fields.keys() - CompletionRequest.model_fields.keys()
+_TEXT_ONLY = {
+    "prompt": "say messages",
+    "echo": "ask /v1/completions",
+    "suffix": "text can't be filled in",
+    "best_of": "say n",
+}
 
 
 class TokenizeRequest(Fields):
