@@ -146,6 +146,21 @@ def test_a_required_call_can_be_read_whatever_the_model_would_say(server, seed):
     jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
 
 
+@pytest.mark.parametrize("stop", [None, [",", "}"]])
+def test_every_one_of_n_answers_has_the_form_whole_and_streamed(server, stop):
+    form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}
+    body = said("x", n=3, response_format=form, seed=4, temperature=1.3, max_tokens=900, thinking_budget=20, stop=stop)
+    choices = server.chat(body)["choices"]
+    texts = dict.fromkeys(range(3), "")
+    for chunk in server.stream(body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert [choice["message"]["content"] for choice in choices] == list(texts.values())
+    for text in texts.values():
+        jsonschema.validate(json.loads(text), CITY)
+
+
+STRICT = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
 ASKED = {"role": "user", "content": "x"}
 CALLED = {
     "role": "assistant",
@@ -177,6 +192,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a schema that can't be kept": (
         {"tools": [CLOCK, {"type": "function", "function": {"name": "f", "parameters": NEVER}}]},
         "tools.1.function.parameters.properties.a.not",
+        "leave it out",
+    ),
+    "a strict one that can't be kept": (
+        {"tools": [{"type": "function", "function": STRICT}]},
+        "tools.0.function.parameters.properties.a.not",
+        "leave it out",
+    ),
+    "a strict schema that can't be kept": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": NEVER}}},
+        "response_format.json_schema.schema.properties.a.not",
         "leave it out",
     ),
     "parameters that are no object": (
