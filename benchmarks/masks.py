@@ -22,7 +22,8 @@ import numpy as np
 
 from stillhouse.r1.errors import BadForm
 from stillhouse.r1.grammar import Grammars
-from stillhouse.r1.tools import Tool, ToolUse, form_of_calls, format_of
+from stillhouse.r1.tool_formats import PROMPTED
+from stillhouse.r1.tools import Tool, ToolUse, form_of_calls
 
 Kind = Literal["json_schema", "regex", "choice", "tools"]
 
@@ -178,7 +179,7 @@ TOOLS = (
     Tool("get_weather", "The weather now.", {"type": "object", "properties": {"city": {"type": "string"}}}),
     Tool("add_event", "Put an event into the calendar.", EVENT),
 )
-CALLS = "I'll look. " + WORDS + "\n" + format_of(None).call("get_weather", '{"city": "Oslo"}')
+CALLS = "I'll look. " + WORDS + "\n" + PROMPTED.call("get_weather", '{"city": "Oslo"}')
 FORMS["text, or calls of two tools"] = ("tools", "", [CALLS])
 
 
@@ -217,7 +218,7 @@ class Ours:
     def start(self, kind: Kind, text: str) -> Callable[[], Follower]:
         try:
             if kind == "tools":
-                form = form_of_calls(ToolUse(TOOLS), format_of(None), self._grammars, self._vocabulary.control)
+                form = form_of_calls(ToolUse(TOOLS), PROMPTED, self._grammars, self._vocabulary.control)
             else:
                 form = self._grammars.compile(kind, text)
         except BadForm as error:

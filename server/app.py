@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -24,13 +24,14 @@ from .metrics import Metrics
 from .model import ServedModel
 from .page import add_page
 from .reply import Ask, Replies
-from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, SamplingFields, TokenizeRequest
 from .settings import Settings
 from .stream import EventStream, unless_gone
 from .upstream_model import AnyModel, UpstreamModel
 
 log = logging.getLogger("stillhouse")
 Body = TypeVar("Body", bound=BaseModel)
+Asked = TypeVar("Asked", bound=SamplingFields)
 _BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 HANGS_S = 300.0  # a step that takes longer will never end
 _REFERENCE = "#/components/schemas/{model}"
@@ -139,12 +140,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatRequest)
-        model = service.model
-        service.check_room()
-        ask = await asyncio.to_thread(chat.chat_ask, model, body)
-        if not body.stream:
-            return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, body, replies))
-        return _streamed(service, ask, lambda replies: chat.chat_events(model, body, replies))
+        return await _generated(request, service, body, chat.chat_ask, chat.chat_whole, chat.chat_events)
 
     @app.post("/v1/chat/completions/{reply_id}/end_thinking")
     async def end_thinking(reply_id: str) -> dict[str, Any]:
@@ -163,14 +159,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def text_completions(request: Request) -> Response:
         body = await _read(request, CompletionRequest)
-        model = service.model
-        service.check_room()
-        ask = await asyncio.to_thread(completions.completion_ask, model, body)
-        if not body.stream:
-            return await _whole(
-                request, service, ask, lambda replies: completions.completion_whole(model, body, replies)
-            )
-        return _streamed(service, ask, lambda replies: completions.completion_events(model, body, replies))
+        surface = completions.completion_ask, completions.completion_whole, completions.completion_events
+        return await _generated(request, service, body, *surface)
 
 
 def _add_info(app: FastAPI, service: Service) -> None:
@@ -240,20 +230,28 @@ async def _read(request: Request, kind: type[Body]) -> Body:
         raise as_api_error(error) from None
 
 
-async def _whole(request: Request, service: Service, ask: Ask, gather: Callable[[Replies], Any]) -> Response:
-    replies = service.begin(ask)
+async def _generated(
+    request: Request,
+    service: Service,
+    body: Asked,
+    ask: Callable[[ServedModel, Asked], Ask],
+    gather: Callable[[ServedModel, Asked, Replies], Awaitable[dict[str, Any]]],
+    write: Callable[[ServedModel, Asked, Replies], AsyncGenerator[bytes, None]],
+) -> Response:
+    """A reply by one surface's three functions: what is asked of the engine, and the reply whole or streamed."""
+    model = service.model
+    service.check_room()
+    replies = service.begin(await asyncio.to_thread(ask, model, body))
+    if body.stream:
+        events, headers = write(model, body, replies), {"x-request-id": replies.id}
+        return EventStream(events, headers=headers, at_end=lambda: service.end(replies))
     try:
-        reply = await unless_gone(request, gather(replies))
+        reply = await unless_gone(request, gather(model, body, replies))
     finally:
         service.end(replies)
     if reply is None:
         return Response(status_code=499)  # nobody is there to read it
     return JSONResponse(reply, headers={"x-request-id": reply["id"]})
-
-
-def _streamed(service: Service, ask: Ask, write: Callable[[Replies], AsyncGenerator[bytes, None]]) -> Response:
-    replies = service.begin(ask)
-    return EventStream(write(replies), headers={"x-request-id": replies.id}, at_end=lambda: service.end(replies))
 
 
 def _status(service: Service) -> Response:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 
+from ..r1.flags import Flags
 from . import settings as flags
 
 _SERVE_EXAMPLES = """examples:
@@ -29,7 +30,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="stillhouse serve",
         description="Serve a model to OpenAI clients.",
         epilog=_SERVE_EXAMPLES,
@@ -114,7 +115,7 @@ def _warn_of_strangers(settings: flags.Settings) -> None:
 
 
 def _chat(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog="stillhouse chat",
         description="Talk to a model in the terminal.",
         epilog=_CHAT_EXAMPLES,

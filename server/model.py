@@ -13,7 +13,7 @@ from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
-from ..r1.tools import Format, format_of
+from ..r1.tool_formats import Format, calls_in
 
 ECHO = "echo"
 _ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
@@ -57,7 +57,7 @@ class ServedModel(Named):
     @property
     def call_format(self) -> Format:
         """How it writes tool calls."""
-        return format_of(self.template.source)
+        return calls_in(self.template.source).format
 
 
 def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_template: str | None = None) -> ServedModel:

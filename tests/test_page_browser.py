@@ -405,6 +405,26 @@ def test_it_fits_a_phone(browser, slow_echo):
     reader.context.close()
 
 
+SHIFTS = """
+window.shifted = 0;
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifted += entry.value;
+}).observe({ type: "layout-shift", buffered: true });
+"""
+
+
+@pytest.mark.slow
+def test_nothing_jumps_while_the_page_loads_or_an_answer_comes(reader):
+    """In Chromium's own measure, in which 0.1 is good."""
+    reader.context.add_init_script(SHIFTS)
+    reader.ask("A first question")
+    reader.page.reload()
+    reader.page.locator(".answer").wait_for()
+    assert reader.page.evaluate("window.shifted") < 0.05
+    reader.ask("script:hm</think>\n\n" + "A line.\n\n" * 30)
+    assert reader.page.evaluate("window.shifted") < 0.1
+
+
 # Tools and forms
 
 TOOL = {

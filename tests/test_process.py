@@ -162,8 +162,17 @@ ALONE = {  # flags, environment -> in the error
 @pytest.mark.parametrize(("flags", "environment", "words"), ALONE.values(), ids=ALONE)
 def test_a_wrong_flag_is_told_with_its_limit(flags, environment, words):
     code, stdout, stderr = command("serve", "echo", *flags, environment=environment)
-    assert (code, stdout, "Traceback" in stderr) == (2, "", False), stderr
-    assert "error: " in stderr.splitlines()[-1] and words in stderr.splitlines()[-1]
+    error, hint = one_line_and_a_hint(stderr)
+    assert (code, stdout, words in error) == (2, "", True), stderr
+    assert hint == "hint: stillhouse serve --help tells what there is"
+
+
+@pytest.mark.parametrize("words", [["chat", "--seed", "x"], ["list", "--nope"], ["rm"], ["conformance"]], ids=" ".join)
+def test_a_wrong_flag_of_any_command_is_told_in_one_line(words):
+    code, stdout, stderr = command(*words)
+    error, hint = one_line_and_a_hint(stderr)
+    assert (code, stdout, error.startswith("error: ")) == (2, "", True)
+    assert f"stillhouse {words[0]} --help" in hint
 
 
 def test_a_key_file_or_a_template_that_cannot_be_read_is_told_in_one_line(tmp_path):
