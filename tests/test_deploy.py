@@ -39,8 +39,8 @@ FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and "__pycac
 
 def tool(name: str) -> str:
     """The path of a program; the test is skipped where there is none."""
-    beside = [str(Path(sys.executable).parent), os.environ.get("DEPLOY_TOOLS", ""), "/usr/sbin", "/sbin"]
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(filter(None, beside)))
+    beside = [str(Path(sys.prefix) / "deploy" / "bin"), "/usr/sbin", "/sbin"]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(beside))
     if found is None:
         pytest.skip(f"{name} is not installed (.ci/deploy-tools installs it)")
     return found

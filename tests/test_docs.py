@@ -19,6 +19,8 @@ from stillhouse.r1.catalog import MODELS
 from stillhouse.server import forms, others, schema, settings
 from stillhouse.server.app import Service, create_app
 from stillhouse.server.metrics import Metrics
+from stillhouse.server.upstream import Upstream
+from stillhouse.server.upstream_pool import Upstreams
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -85,7 +87,9 @@ def test_the_api_page_names_every_error_code():
 def test_the_api_page_names_every_metric_and_no_other():
     metrics, engine = Metrics(), Engine(Echo())
     metrics.serve("echo", engine)
-    page = metrics.page().decode()
+    upstream = Metrics()
+    upstream.serve_upstreams("echo", Upstreams([Upstream("http://x", model=None, key=None, silence_s=1)], 1))
+    page = metrics.page().decode() + upstream.page().decode()
     engine.close()
     real = {name for name in re.findall(r"^# TYPE (\w+)", page, re.MULTILINE) if not name.endswith("_created")}
     told = set(re.findall(r"r1_\w+", _read("docs/api.md")))
