@@ -23,7 +23,7 @@ _DESCRIPTION = """A small model gets better at what can be checked. In this orde
   stillhouse serve --lora run1                                       and it answers
 
 distill: right answers of another model, from any OpenAI-compatible server, as data for sft.
-recipe: several stages as one file, as R1 was made."""
+recipe: several stages as one file, as R1 was made. compare-ppo: what a value model would cost."""
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -60,6 +60,9 @@ def run(command: str, argv: list[str]) -> int:
     one = add("report", "write one HTML page about a run", _report)
     one.add_argument("run", help="folder of a run")
     one.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
+    one = add("compare-ppo", "train by GRPO and by PPO on one task and print what each takes", _compare_ppo)
+    _run_flags(one)
+    one.add_argument("--arm", choices=("grpo", "ppo"), help=argparse.SUPPRESS)  # one process each, for its memory
     one = add("recipe", "run several stages in order; what is done is left out", _recipe)
     one.add_argument("recipe", type=Path, help="a TOML file with [[stage]]")
     one.add_argument("--anyway", action="store_true", help="also where a probe sees no hope")
@@ -248,6 +251,46 @@ def _report(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run)
     print(write_report(folder, Path(arguments.output) if arguments.output else folder / "report.html"))
     return 0
+
+
+def _compare_ppo(arguments: argparse.Namespace) -> int:
+    _needs_torch()
+    config = _config(arguments)
+    if arguments.arm:
+        from .ppo import measure
+
+        print(json.dumps(measure(config, critic=arguments.arm == "ppo", report=_tell)))
+        return 0
+    import subprocess
+
+    found: dict[str, dict[str, float]] = {}
+    for arm in ("grpo", "ppo"):
+        # Every group is learned from, so that both see the same number of replies.
+        same = ["--set", "grpo.dynamic_sampling=false", "--out", f"{config.out}-{arm}"]
+        command = [sys.executable, "-m", "stillhouse", "train", "compare-ppo", *_argv(arguments), *same, "--arm", arm]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            return done.returncode
+        found[arm] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{'':<24} {'GRPO':>10} {'PPO':>10}   GRPO takes")
+    whole = {arm: it["rollout_s"] + it["update_s"] for arm, it in found.items()}
+    rows = {"peak memory, GB": "peak_gb", "update, s": "update_s", "rollouts, s": "rollout_s"}
+    table = {words: {arm: it[key] for arm, it in found.items()} for words, key in rows.items()}
+    for words, row in (table | {"a step, s": whole}).items():
+        print(f"{words:<24} {row['grpo']:>10.2f} {row['ppo']:>10.2f}   {row['grpo'] / row['ppo'] - 1:+.0%}")
+    for arm, it in found.items():
+        print(f"{arm.upper()}: pass@1 {it['before']:.3f} -> {it['after']:.3f} [{it['low']:.3f}, {it['high']:.3f}]")
+    return 0
+
+
+def _argv(arguments: argparse.Namespace) -> list[str]:
+    """The flags of a run, written out again."""
+    single = {"config": "--config", "preset": "--preset", "model": "--model", "task": "--task", "start": "--start"}
+    single |= {"steps": "--steps", "seed": "--seed"}
+    argv = [text for name, flag in single.items() if (value := getattr(arguments, name)) for text in (flag, str(value))]
+    for name in ("option", "set"):
+        argv += [text for value in getattr(arguments, name) for text in (f"--{name}", value)]
+    return argv
 
 
 def _recipe(arguments: argparse.Namespace) -> int:

@@ -178,12 +178,13 @@ def policy_loss(
 ) -> Loss:
     """One micro-batch's share of the loss of a step.
 
-    `logp` (B, T) is the policy's, with gradient; `old` (B, T) the policy's at the start of the step; `advantage` (B,);
-    `ref` (B, T) the reference's, wanted where beta is not 0; `sampled` (B, T) the rollout engine's; `weights` (B, T) or
-    (B, 1) those of `correction`. Without `totals` the micro-batch is the whole step and T the most tokens of a reply.
+    `logp` (B, T) is the policy's, with gradient; `old` (B, T) the policy's at the start of the step; `advantage` (B,),
+    or (B, T) where tokens have their own; `ref` (B, T) the reference's, wanted where beta is not 0; `sampled` (B, T)
+    the rollout engine's; `weights` (B, T) or (B, 1) those of `correction`. Without `totals` the micro-batch is the
+    whole step and T the most tokens of a reply.
     """
     totals = totals or Totals(mask.shape[0], int(mask.sum()), mask.shape[1])
-    given = _Given(logp, old, advantage[:, None], mask, settings, weights)
+    given = _Given(logp, old, advantage if advantage.dim() > 1 else advantage[:, None], mask, settings, weights)
     per_token, metrics = _TERMS[settings.name](given)  # (B, T) or (B, 1)
     if settings.off_policy_limit is not None:
         per_token = per_token * _close_enough(given, sampled if sampled is not None else old)
@@ -204,7 +205,7 @@ class _Given:
 
     logp: Tensor  # (B, T)
     old: Tensor  # (B, T)
-    advantage: Tensor  # (B, 1)
+    advantage: Tensor  # (B, 1), or (B, T)
     mask: Tensor  # (B, T)
     settings: LossSettings
     weights: Tensor | None

@@ -151,22 +151,20 @@ class Policy:
         """Log-probability and entropy of every token of every reply, in their order; one forward pass for all."""
         packed = pack(groups, self.device)
         model: Any = self.base.module
-        hidden = model.model(
+        hidden = self.hidden(packed)
+        logp, entropy = log_probabilities(hidden, model.lm_head.weight, packed.targets, temperature=temperature)
+        return Scores(packed.spread(logp), packed.spread(entropy), packed.mask.to(logp.dtype))
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """What the last block leaves before each token that is scored: (M, D)."""
+        model: Any = self.base.module
+        states = model.model(
             input_ids=packed.ids[None],
             position_ids=packed.positions[None],
             segments=packed.segments,
             use_cache=False,
         ).last_hidden_state[0]
-        logp, entropy = log_probabilities(
-            hidden[packed.rows], model.lm_head.weight, packed.targets, temperature=temperature
-        )
-        shape = packed.mask.shape
-        at = packed.mask.flatten().nonzero()[:, 0]
-        return Scores(
-            logp.new_zeros(shape.numel()).index_put((at,), logp).view(shape),
-            logp.new_zeros(shape.numel()).index_put((at,), entropy).view(shape),
-            packed.mask.to(logp.dtype),
-        )
+        return states[packed.rows]
 
 
 # Many replies in one row
@@ -188,6 +186,11 @@ class Packed(NamedTuple):
     rows: Tensor  # (M,), whose hidden state predicts the token
     targets: Tensor  # (M,)
     mask: Tensor  # (R, T), bool
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a scored token, (M,) -> (R, T), 0 behind a reply's end."""
+        at = self.mask.flatten().nonzero()[:, 0]
+        return values.new_zeros(self.mask.numel()).index_put((at,), values).view(self.mask.shape)
 
 
 def pack(groups: Sequence[Group], device: torch.device) -> Packed:
