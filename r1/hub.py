@@ -25,7 +25,7 @@ HUB = "https://huggingface.co"
 _repository = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _web = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|^hf://", re.IGNORECASE)
 _safetensors_extras = re.compile(
-    r"^(?:config|generation_config|tokenizer.*|vocab|merges|special.*)\.(?:json|txt|model)$"
+    r"^(?:config|generation_config|chat_template|tokenizer.*|vocab|merges|special.*)\.(?:json|txt|model)$|^README\.md$"
 )
 
 
