@@ -88,14 +88,6 @@ def best(plans: list[Plan], measured_kl: Callable[[Plan], float]) -> tuple[Plan,
     return plans[losses.index(loss)], loss
 
 
-def budget_of(costs: Costs, *, bits_per_weight: float, weights: int, fixed_bytes: int, fixed_weights: int) -> int:
-    """Bytes for the tensors of the price list (`weights` in number), so that the whole file's tensors have the target.
-
-    `fixed_bytes` and `fixed_weights` are of the tensors that keep their type (norms and biases).
-    """
-    return int((weights + fixed_weights) * bits_per_weight / 8) - fixed_bytes
-
-
 def _harm(costs: Costs, trust: float) -> dict[str, dict[str, float]]:
     """What is to be least, by tensor and type."""
     totals = [

@@ -92,17 +92,20 @@ def _calibrate(argv: list[str]) -> int:
     given = calibrate_parser().parse_args(argv)
     if given.count < 1 or given.max_tokens < 1:
         raise UserError("nothing was asked for", "-n and --max-tokens are 1 at least")
+    from ..backends.base import LoadOptions
     from ..backends.open import open_backend
     from ..r1.hub import resolve
     from .calibration import pack, read_texts
     from .progress import meter
-    from .traces import Wish, finished, load_options, write_traces
+    from .traces import Wish, finished, write_traces
 
     prompts = read_texts(given.prompts) if given.prompts else pack("calibration")
     have = len([number for number in finished(given.output) if number < given.count])
     if have < given.count:
         files = resolve(given.model)
-        options = load_options(context=given.context, parallel=given.parallel, threads=given.threads)
+        options = LoadOptions(
+            context=given.context or None, parallel=given.parallel, threads=given.threads or physical_cores()
+        )
         wish = Wish(given.count, given.max_tokens, given.temperature, given.top_p, given.seed)
         opened = open_backend(files.paths, options)
         with meter(f"{files.name} writes {given.output}", given.count, "trace", done=have) as show:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -20,14 +21,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..backends.machine import free_memory
 from ..r1.cache import size_text
 from ..r1.errors import UserError
 from .architectures import Metadata
 from .errors import NoRoom, SourceInvalid
-from .gguf_blocks import Floats, is_valid, library, quantize
+from .gguf_blocks import Blocks, Floats, is_valid, library, quantize
 from .journal import Journal, Slab, belongs
 from .plan import SLAB_WEIGHTS, Plan
 from .progress import meter
@@ -221,12 +220,13 @@ class _Run:
             else:
                 floats = tensor.read(start, stop) if floats is None else floats
                 blocks = quantize(type, floats, self.importance.get(tensor.name))
-            if not is_valid(type, blocks):
+            # ggml makes ordinary blocks of a NaN, so the floats are looked at, too; their sum is one if any is.
+            if not is_valid(type, blocks) or (floats is not None and not math.isfinite(floats.sum())):
                 raise SourceInvalid(
                     f"{tensor.name} has a NaN or an infinity in its rows {start} to {stop - 1}",
                     "the checkpoint is damaged, or its training diverged: nothing good can come of it",
                 )
-            crc = zlib.crc32(blocks)
+            crc = zlib.crc32(memoryview(blocks))
             for file in files:
                 plan = file.output.plan
                 _write_at(file.descriptor, blocks, plan.place(plan.entries[index], start))
@@ -242,8 +242,8 @@ class _Run:
             tensor.advise(False)
 
 
-def _write_at(descriptor: int, blocks: np.ndarray, place: int) -> None:
-    view = memoryview(np.ascontiguousarray(blocks)).cast("B")
+def _write_at(descriptor: int, blocks: Blocks, place: int) -> None:
+    view = memoryview(blocks).cast("B")
     while view:
         written = os.pwrite(descriptor, view, place)
         view, place = view[written:], place + written

@@ -1,4 +1,4 @@
-"""Rows of weights to ggml's blocks and back, in this process, through ggml's own C functions.
+"""Rows of weights to ggml's blocks and back, in this process, through ggml's own C functions (or `gguf_kernel`).
 
 The bytes are those of `llama_model_quantize`, which calls the same functions. Rows are independent of one another, so
 neither the size of a slab nor the number of threads can change a byte. ctypes lets go of the GIL while C works: rows in
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..r1.gguf import TENSOR_TYPES
+from .gguf_kernel import quantizer
 
 Floats = NDArray[np.float32]
 Blocks = NDArray[np.uint8]
@@ -67,6 +68,17 @@ def quantize(
     if out is None:
         out = np.empty((count, size), np.uint8)
     assert out.shape == (count, size) and out.flags.c_contiguous and out.dtype == np.uint8
+    fast = quantizer(type, _ggml(), by_ggml) if importance is None else None
+    if fast is None:
+        return by_ggml(type, rows, importance, out)
+    fast(rows.ctypes.data, out.ctypes.data, rows.size // block_size(type))
+    return out
+
+
+def by_ggml(type: str, rows: Floats, importance: Floats | None = None, out: Blocks | None = None) -> Blocks:
+    """The same, and always by ggml's own code."""
+    count, cols = rows.shape
+    out = np.empty((count, row_bytes(type, cols)), np.uint8) if out is None else out
     if count:
         pointer = None if importance is None else importance.ctypes.data
         written = _ggml().ggml_quantize_chunk(NUMBERS[type], rows.ctypes.data, out.ctypes.data, 0, count, cols, pointer)

@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .importance import Importance
     from .kld import Quality
     from .sensitivity import Costs
+
+FOLDER_TYPES = ("mlx", "nf4", "int4")  # what they begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,11 @@ class Options:
         """Whether every file is compared with its source before it gets its name."""
         return self.measures or bool(self.max_kld)
 
+    @property
+    def has_target(self) -> bool:
+        """Whether a mix for a size was asked for."""
+        return bool(self.target_bits or self.target_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class _Rung:
@@ -74,7 +81,11 @@ class _Rung:
 
 def run(options: Options) -> int:
     """Make the files. Raises `UserError` and its kinds."""
-    checkpoint, weights = _load(options)
+    source = _find(options)
+    options = _make_folders(options, source)
+    if not options.types and not options.has_target:
+        return 0
+    checkpoint, weights = _read(options, source)
     importance = _importance(options, checkpoint, weights)
     values = importance.values if importance else {}
     plans = [_plan(options, weights, rung, importance) for rung in _rungs(options, checkpoint, weights, importance)]
@@ -102,9 +113,28 @@ def run(options: Options) -> int:
     return _deliver(wanted, checkpoint, weights, hashes, options)
 
 
-def _load(options: Options) -> tuple[Checkpoint | None, Weights]:
+def _find(options: Options) -> Checkpoint | Path:
     try:
-        source = find_checkpoint(options.source, offline=options.offline)
+        return find_checkpoint(options.source, offline=options.offline)
+    except BadModelFile as error:
+        raise SourceInvalid(error.message, error.hint) from None
+
+
+def _make_folders(options: Options, source: Checkpoint | Path) -> Options:
+    """Have the types made that are folders (MLX's, PyTorch's); what is left to do."""
+    folders = tuple(type for type in options.types if type.lower().startswith(FOLDER_TYPES))
+    if not folders:
+        return options
+    from .folders import make_folders
+
+    make_folders(_needed(source if isinstance(source, Checkpoint) else None), folders, options)
+    others = tuple(type for type in options.types if type not in folders)
+    # A target belongs to MLX's mix where that is all that was asked for.
+    return replace(options, types=others) if others else replace(options, types=(), target_bits=0.0, target_bytes=0)
+
+
+def _read(options: Options, source: Checkpoint | Path) -> tuple[Checkpoint | None, Weights]:
+    try:
         if isinstance(source, Path):
             return None, from_gguf(source, allow_requantize=options.allow_requantize)
         return source, from_checkpoint(source, options.tokenizer_pre)
@@ -152,7 +182,7 @@ def _rungs(
                 "give one with --imatrix, or have one collected with --calibration",
             )
         rungs.append(_Rung(recipe, choice, _predicted(costs, choice)))
-    if options.target_bits or options.target_bytes:
+    if options.has_target:
         if costs is None:
             raise UserError("a mix needs a price list", "give --calibration builtin, or a --sensitivity file")
         rungs += _mixes(options, weights, costs)
@@ -167,7 +197,7 @@ def _costs(
 
     if options.sensitivity is not None and options.sensitivity.is_file():
         return files.read(options.sensitivity).costs
-    if not (options.target_bits or options.target_bytes):
+    if not options.has_target:
         return None
     if not options.calibration:
         raise UserError(

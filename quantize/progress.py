@@ -17,7 +17,7 @@ def meter(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callab
         from tqdm import tqdm
 
         with tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, smoothing=0.05) as bar:
-            yield lambda more: bar.update(more) and None
+            yield lambda more: (bar.update(more), None)[1]
         return
     started = told = time.monotonic()
     have = done
@@ -42,7 +42,8 @@ def duration(seconds: float) -> str:
     >>> duration(4.2), duration(75), duration(7300)
     ('4 s', '1:15 min', '2:01 h')
     """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
     return f"{minutes}:{rest:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"

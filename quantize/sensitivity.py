@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +125,16 @@ def price(
         error = np.einsum("r,ri,i->", sample.weights, squares, second_moments, dtype=np.float64, casting="same_kind")
         found[candidate.name] = Cost(float(kl) + rounding.get(candidate.input_block, 0.0), float(error), size)
     return found
+
+
+def refuse_other(found: Sensitivity, matrices: Collection[str]) -> None:
+    """A price list is for one model: it has to name its matrices, and no others. Raises `UserError`."""
+    strange = sorted(found.costs.keys() ^ set(matrices))
+    if strange:
+        raise UserError(
+            f"the price list is of {found.model}: {strange[0]} is in one of the two only",
+            "it was made for another model: name another file with --sensitivity, and it is made",
+        )
 
 
 def write(path: Path, found: Sensitivity) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.base import GenerationRequest, LoadOptions, Sampling
+from ..backends.base import GenerationRequest, Sampling
 from ..backends.engine import Engine
 from ..backends.open import Opened
 from ..r1.errors import UserError
@@ -106,8 +106,3 @@ def _replies(engine: Engine, asked: dict[str, _Asked]) -> Iterator[dict[str, Any
             spoken = [{"role": m.role, "content": m.content} for m in one.messages]
             spoken.append({"role": "assistant", "content": one.text})
             yield {"number": one.number, "messages": spoken, "finish": token.finish, "tokens": counts[token.request_id]}
-
-
-def load_options(*, context: int, parallel: int, threads: int) -> LoadOptions:
-    """How the model is loaded: 0 leaves a choice to the backend."""
-    return LoadOptions(context=context or None, parallel=parallel, threads=threads or None)

@@ -107,7 +107,10 @@ BAD_SOURCES = {  # what happened to the folder: (how, words of the message)
     ),
     "wrong checksum": (wrong_hash, "where the hub says 111111111111…"),
     "a weight that is no number": (not_a_number, "has a NaN or an infinity"),
-    "config of another size": (lambda f: change(f / "config.json", intermediate_size=1024), "asks for [1024, 256]"),
+    "config of another size": (
+        lambda f: change(f / "config.json", intermediate_size=1024),
+        "has the shape [256, 512] where config.json asks for [256, 1024]",
+    ),
     "fewer layers than weights": (
         lambda f: change(f / "config.json", num_hidden_layers=0),
         "config.json says 0 layers",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from stillhouse.quantize import gguf_blocks as blocks
+from stillhouse.quantize import gguf_kernel
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "BF16", "F16")
 
@@ -69,3 +71,25 @@ def test_what_needs_importance_is_known():
     assert [blocks.needs_importance(type) for type in ("Q4_K", "IQ4_XS", "IQ2_XXS", "IQ1_S")] == [
         *(False, False, True, True)
     ]
+
+
+@pytest.mark.parametrize("type", gguf_kernel.TYPES)
+def test_the_fast_code_gives_ggmls_bytes_or_is_not_used(type):
+    random = np.random.default_rng(7)
+    plain = random.standard_t(4, (300, 512)) * 0.02
+    odd = [np.zeros((4, 512)), np.ones((4, 512)), -(plain[:8] ** 2), plain[:64] * (random.random((64, 512)) < 0.05)]
+    rows = np.concatenate([plain, *odd, np.rint(plain * 100), plain * 1e-7, plain * 1e4]).astype(np.float32)
+    assert (blocks.quantize(type, rows) == blocks.by_ggml(type, rows)).all()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_a_compiler_makes_the_fast_code_and_without_one_ggml_does_the_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf_kernel, "_found", {})
+    rows = weights(4, 512)
+    fast = blocks.quantize("Q4_K", rows)
+    assert [path.suffix for path in (tmp_path / "stillhouse").iterdir()] == [".so"]
+    monkeypatch.setattr(gguf_kernel, "_found", {})
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert (blocks.quantize("Q4_K", rows) == fast).all() and gguf_kernel._found == {"Q4_K": None}

@@ -248,6 +248,14 @@ def test_what_is_no_price_list_is_refused(tmp_path):
         sensitivity.read(tmp_path / "a.json")
 
 
+def test_another_models_price_list_is_refused():
+    found = Sensitivity({"a": {"x": Cost(1, 1, 1)}}, "other", "", 1)
+    sensitivity.refuse_other(found, ["a"])
+    for matrices in ([], ["a", "b"]):
+        with pytest.raises(UserError, match="the price list is of other"):
+            sensitivity.refuse_other(found, matrices)
+
+
 def test_forbidden_types_are_left_out_unless_a_tensor_has_no_other():
     found = Sensitivity({"a": {"x": Cost(1, 1, 1), "y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}, "", "", 1)
     assert found.of_types(["y"]) == {"a": {"y": Cost(2, 2, 2)}, "b": {"x": Cost(3, 3, 3)}}

@@ -131,6 +131,25 @@ def to_bytes(values: np.ndarray, dtype: str) -> bytes:
     return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).tobytes()
 
 
+def resize_vocabulary(path: Path, tokens: int) -> None:
+    """Give a checkpoint of one file an embedding for so many tokens, and tie the output to it."""
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header, tensors = json.loads(data[8 : 8 + length]), {}
+    for name, entry in header.items():
+        raw = np.frombuffer(
+            data,
+            np.uint16,
+            (entry["data_offsets"][1] - entry["data_offsets"][0]) // 2,
+            8 + length + entry["data_offsets"][0],
+        )
+        tensors[name] = (raw.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+    tensors.pop("lm_head.weight", None)
+    wide = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.resize(wide, (tokens, wide.shape[1]))
+    write_safetensors(path, tensors)
+
+
 def write_tokenizer(folder: Path, words: str = WORDS) -> int:
     """A byte-level BPE with a few merges and R1's special tokens; returns how many tokens."""
     texts = [*_byte_names(), *("".join(merge) for merge in MERGES)]
