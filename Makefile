@@ -51,7 +51,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.all: pyproject.toml | $(BIN)/python
-	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)clients],$(TORCH_INDEX))
+	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)clients])
 	@touch $(VENV)/.demo $(VENV)/.dev $@
 
 $(BIN)/python:
@@ -62,9 +62,6 @@ $(BIN)/python:
 	@$@ -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' || $@ -m pip install -q --upgrade pip
 
 comma := ,
-
-# On Linux PyPI's torch brings gigabytes of CUDA along; without such a GPU, the CPU's own build is taken.
-TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu))
 
 # llama-cpp-python comes as source. Its compilation is silent for minutes, so a line every 15 s says that it is alive.
 define install
@@ -79,5 +76,5 @@ fi; \
 shell=$$$$; waited=0; \
 (while sleep 15 >/dev/null 2>&1 && kill -0 $$shell 2>/dev/null; do waited=$$((waited + 15)); echo "  still installing, $$waited s"; done) & \
 ticker=$$!; trap 'kill $$ticker 2>/dev/null || true' EXIT; trap 'exit 130' INT TERM; \
-$(BIN)/python -m pip install -qq --disable-pip-version-check $(2) -e '$(1)'
+$(BIN)/python -m pip install -qq --disable-pip-version-check -e '$(1)'
 endef
