@@ -29,7 +29,7 @@ from .pytorch_sampler import Memory, Sampler
 from .rowsampler import Breakers
 
 _WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
-_CELLS = 64  # what attention looks at is rounded up to so many cells: shapes return, and memory is reused
+_CELLS = 64  # attention looks at whole multiples of so many cells: its kernels are compiled for a shape, once
 _WASTE = 2.0  # neighbours are attended to together if that looks at no more than so many times their own cells
 
 
@@ -240,10 +240,8 @@ class PyTorch:
         return Batch(tokens, positions, places, rows, chunks, torch.tensor(wanted, dtype=torch.int64).to(device))
 
     def _rows(self, run: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-        """Neighbours that are attended to together; a single one has no need of a mask."""
+        """Neighbours that are attended to together."""
         positions = [position for _, position in run]
-        if len(run) == 1:
-            return Rows(run[0][0], 1, positions[0] + 1, None)
         longest = min(self._cells, -(-(max(positions) + 1) // _CELLS) * _CELLS)
         mask = torch.arange(longest, device=device) <= torch.tensor(positions).to(device)[:, None]
         return Rows(run[0][0], len(run), longest, mask[:, None, None])

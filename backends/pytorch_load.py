@@ -10,9 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import llama_cpp as C
 import torch
-import transformers
 from torch import nn
 
 from ..r1.errors import BadModelFile, UserError
@@ -21,8 +19,6 @@ from . import machine
 from .base import LoadOptions, Vocabulary
 from .checkpoint import Checkpoint
 from .hf_vocabulary import read_chat_template, read_vocabulary
-from .llamacpp_load import silence
-from .llamacpp_vocabulary import LlamaVocabulary
 from .memory import Need, fit
 from .pytorch import PyTorch
 
@@ -126,7 +122,6 @@ def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptio
         dtype=dtype,
         config=_gguf_config(paths[0], header),
         gguf_file=paths[0].name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
         is_quantized=False,
     )
     return _start(module, vocabulary, room, options), header.chat_template
@@ -134,6 +129,8 @@ def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptio
 
 def _gguf_config(path: Path, header: Header) -> Any:
     """The module's settings, with the size of a head, which transformers takes for granted. Raises `BadModelFile`."""
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:
@@ -146,8 +143,13 @@ def _gguf_config(path: Path, header: Header) -> Any:
     return config
 
 
-def _gguf_vocabulary(path: Path) -> LlamaVocabulary:
+def _gguf_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary as llama.cpp reads it: transformers would have to guess how a GGUF file splits text."""
+    import llama_cpp as C
+
+    from .llamacpp_load import silence
+    from .llamacpp_vocabulary import LlamaVocabulary
+
     silence()
     params = C.llama_model_default_params()
     params.vocab_only = True
@@ -187,7 +189,11 @@ def _free(device: torch.device) -> tuple[int, str]:
 
 def _load(folder: Path, device: torch.device, *, is_quantized: bool, **options: Any) -> Any:
     """The module, from files on this disk. Raises `BadModelFile` in transformers' words."""
+    import transformers
+
     name = options.get("gguf_file", folder.name)
+    if "gguf_file" in options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
