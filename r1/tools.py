@@ -36,10 +36,12 @@ class Tool:
     @property
     def json(self) -> dict[str, Any]:
         """As OpenAI's clients send it, and as chat templates expect it."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description:
-            function["description"] = self.description
-        return {"type": "function", "function": function | {"parameters": dict(self.parameters or _NO_PARAMETERS)}}
+        description = self.description or ""  # Hermes' template adds it to a text, and fails where there is none
+        parameters = dict(self.parameters or _NO_PARAMETERS)
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": description, "parameters": parameters},
+        }
 
 
 @dataclass(frozen=True, slots=True)
