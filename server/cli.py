@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 
+from ..r1.errors import UserError
 from ..r1.flags import Flags
 from . import settings as flags
 
@@ -129,6 +130,8 @@ def _chat(argv: list[str]) -> int:
     parser.add_argument("--hide-thoughts", action="store_true", help="show the answer only")
     flags.add_model_flags(parser, positional=False)
     arguments = parser.parse_args(argv)
+    if arguments.backend == "openai":
+        raise UserError("`stillhouse chat` loads a model itself; upstreams are for servers", "stillhouse serve")
     from .terminal import chat
 
     return chat(arguments, flags.load_options(arguments), flags.chat_template(arguments))

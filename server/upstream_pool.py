@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +27,7 @@ _REMEMBERED = 50_000  # beginnings of prompts
 _BLOCK = 512  # characters of a raw text that count as one beginning
 
 Item = Token | Exception
+log = logging.getLogger("stillhouse")
 
 
 class Upstreams:
@@ -216,7 +218,9 @@ class Upstreams:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._check_now.wait(), _CHECK_EVERY_S)
             self._check_now.clear()
-            await asyncio.gather(*(upstream.check() for upstream in self.members))
+            for error in await asyncio.gather(*(it.check() for it in self.members), return_exceptions=True):
+                if error is not None:
+                    log.error("looking after the upstreams failed", exc_info=error)
 
 
 def beginnings(parts: Iterable[str]) -> list[tuple[bytes, int]]:

@@ -614,13 +614,14 @@ def test_our_key_is_not_told_and_the_callers_key_is_not_passed_on():
 # Another program
 
 
-@pytest.fixture(scope="module")
-def llama_server(smollm2_path: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def llama_server(model: Path, *flags: str) -> Iterator[str]:
+    """llama.cpp's own server, where there is one."""
     program = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if program is None:
         pytest.skip("there is no llama-server: set LLAMA_SERVER, or put it on the PATH")
     port = free_port()
-    command = [program, "-m", str(smollm2_path), "--port", str(port), "-c", "2048", "-t", "1", "--alias", "smol"]
+    command = [program, "-m", str(model), "--port", str(port), "-c", "2048", "-t", "1", "--alias", "theirs", *flags]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         url = f"http://127.0.0.1:{port}"
 
@@ -637,17 +638,34 @@ def llama_server(smollm2_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_real_llama_server_is_an_upstream(llama_server):
-    with front(llama_server, model="smol") as server:
-        body = said("Say hello.", model="smol", max_tokens=12, temperature=0)
-        direct = httpx.post(f"{llama_server}{CHAT}", json=body, timeout=60).json()
+def test_a_real_llama_server_is_an_upstream(smollm2_path):
+    with llama_server(smollm2_path) as url, front(url, model="theirs") as server:
+        body = said("Say hello.", model="theirs", max_tokens=12, temperature=0)
+        direct = httpx.post(f"{url}{CHAT}", json=body, timeout=60).json()
         reply = ask(server, body).json()
         assert reply["choices"][0]["message"]["content"] == direct["choices"][0]["message"]["content"]
-        assert reply["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
-        assert reply["usage"]["completion_tokens"] == direct["usage"]["completion_tokens"]
-        assert (
-            ask(
-                server, body | {"max_tokens": 100_000, "messages": [{"role": "user", "content": "x " * 9000}]}
-            ).status_code
-            == 400
-        )
+        for count in ("prompt_tokens", "completion_tokens"):
+            assert reply["usage"][count] == direct["usage"][count]
+        stopped = ask(server, body | {"stop": direct["choices"][0]["message"]["content"][3:6]}).json()
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert stopped["usage"]["prompt_tokens"] == direct["usage"]["prompt_tokens"]
+        assert ask(server, said("x " * 9000, model="theirs")).status_code == 400
+
+
+@pytest.mark.slow
+def test_a_real_llama_servers_thoughts_are_closed_and_its_answer_follows(random_path, tmp_path):
+    """A model of random weights, whose template opens the thoughts: it would never close them by itself."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}<think>\n")
+    flags = ("--jinja", "--chat-template-file", str(template))
+    for told in ("none", "deepseek"):
+        with (
+            llama_server(random_path, *flags, "--reasoning-format", told) as url,
+            front(url, model="theirs") as server,
+        ):
+            body = said("Hi", model="theirs", thinking_budget=8, max_tokens=60, temperature=0)
+            (choice,) = ask(server, body).json()["choices"]
+            assert (choice["reasoning_closed_by"], choice["finish_reason"]) == ("budget", "length")
+            assert choice["message"]["content"] and choice["message"]["reasoning_content"]
+            (none,) = ask(server, body | {"thinking_budget": 0}).json()["choices"]
+            assert none["message"]["content"] and "reasoning_content" not in none["message"]
