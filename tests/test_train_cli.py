@@ -187,7 +187,7 @@ def test_from_probe_to_served_adapter_by_commands_alone(random_model, tmp_path, 
         'model = { name = "toy.gguf" }\nlora = { rank = 4, alpha = 8 }\n'
         'task = { name = "task.jsonl", held_out_size = 4, instruction = "" }\n'
         "grpo = { steps = 2, prompts = 2, group = 4, max_tokens = 48 }\n"
-        "sft = { epochs = 3, batch = 8 }\noptimizer = { lr = 1e-2, warmup = 0 }\n"
+        "sft = { epochs = 8, batch = 8 }\noptimizer = { lr = 1e-2, warmup = 0 }\n"
         'rollout = { weights = "f16", threads = 1, prompt_tokens = 64 }\nevaluation = { every = 0, items = 4 }\n',
         encoding="utf-8",
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 
 from stillhouse.r1.errors import UserError
@@ -73,3 +77,16 @@ def test_a_mistake_is_told_by_its_name(tmp_path, text, words):
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "nothing.toml")
+
+
+def test_the_training_page_names_every_setting_and_its_default():
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w.]+)` \| `?(.*?)`? \|", page.partition("## Settings")[2], re.MULTILINE))
+    real: dict[str, object] = {}
+    for name, value in dataclasses.asdict(RunConfig()).items():
+        inside = value if isinstance(value, dict) and name not in ("rewards", "gates") else None
+        real |= {f"{name}.{key}": it for key, it in inside.items()} if inside else {name: value}
+    assert told.keys() == real.keys()
+    for name, value in real.items():
+        if isinstance(value, (bool, int, float)):
+            assert told[name].lower() == str(value).lower(), name

@@ -75,7 +75,7 @@ class GrpoConfig:
     refills: int = 3  # at most so often
     truncated: Literal["learn", "mask", "penalise"] = "learn"  # what becomes of replies that were cut off
     curriculum: bool = False  # prefer prompts that are solved now and then
-    token_budget: int = 4096  # of a micro-batch
+    token_budget: int = 640  # of a micro-batch: fewer take less memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class SftConfig:
 
     epochs: int = 2
     batch: int = 16  # replies an optimizer step
-    token_budget: int = 4096  # of a micro-batch
+    token_budget: int = 640  # of a micro-batch: fewer take less memory
     max_tokens: int = 1024  # longer examples are left out
     minutes: float = 0.0  # stop after so long; 0 = no limit
 

@@ -24,6 +24,23 @@ class Episode(NamedTuple):
         """Whether some replies were better than others."""
         return any(self.advantages)
 
+    def pieces(self, budget: int) -> list[Episode]:
+        """The episode in parts of at most `budget` tokens each, prompt included; one reply at least."""
+        parts: list[Episode] = []
+        start, used = 0, len(self.asking.ids)
+        for end, reply in enumerate(self.replies):
+            if end > start and used + len(reply.ids) > budget:
+                parts.append(self._cut(start, end))
+                start, used = end, len(self.asking.ids)
+            used += len(reply.ids)
+        return [*parts, self._cut(start, len(self.replies))]
+
+    def _cut(self, start: int, end: int) -> Episode:
+        at = slice(start, end)
+        return self._replace(
+            replies=self.replies[at], rewards=self.rewards[at], parts=self.parts[at], advantages=self.advantages[at]
+        )
+
 
 def describe(episodes: list[Episode]) -> dict[str, Any]:
     """What was said, in numbers: rewards, lengths by right and wrong, reflection."""

@@ -44,6 +44,7 @@ class Learner:
         settings = self._loss_settings()
         # Without a KL a group of equal rewards has no gradient: it counts in the totals and needs no forward pass.
         needed = [it for it in episodes if it.teaches or settings.beta or self.config.guard.kl]
+        needed = [piece for it in needed for piece in it.pieces(grpo.token_budget)]
         groups = [Group(it.asking.ids, [reply.ids for reply in it.replies]) for it in needed]
         learned_tokens = sum(len(reply.ids) for it in episodes for reply in it.replies if self._counts(reply))
         totals = Totals(sum(len(it.replies) for it in episodes), learned_tokens, grpo.max_tokens)

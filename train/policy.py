@@ -329,7 +329,7 @@ def _logits(rows: Tensor, head: Tensor, temperature: float) -> Tensor:
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
     """Indices of groups that go through the model together: as many as `budget` tokens hold, longest first.
 
-    A group that is larger goes alone: its replies share one prompt.
+    A group that is larger goes alone.
     """
     order = sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index))
     batches: list[list[int]] = []
