@@ -190,6 +190,10 @@ class Vocabulary(Protocol):
     @property
     def control(self) -> dict[str, int]: ...  # noqa: D102
 
+    def boundary_texts(self) -> tuple[str, str]:
+        """The begin- and end-of-sequence tokens as chat templates write them, "" where there is none."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens count as such; nothing is put in front."""
         ...

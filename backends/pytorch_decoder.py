@@ -8,6 +8,7 @@ that quantized weights, adapters and a module in training are what they are. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Shape(NamedTuple):
     trained: int  # tokens that it was trained to read
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Chunk:
     """A run of tokens of one sequence."""
 
     place: int  # of its sequence in the cache
@@ -39,7 +41,8 @@ class Chunk(NamedTuple):
     count: int
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rows:
     """Neighbours in the cache that decode one token each: places `first` to `first + count`."""
 
     first: int
@@ -84,14 +87,14 @@ class Decoder:
                 "set use_sliding_window to false in config.json if the checkpoint was trained without one",
             )
         self._model: Any = module.model
-        self._head: nn.Module = module.lm_head  # pyright: ignore[reportAssignmentType]
+        self._head: Any = module.lm_head
         heads = config.num_attention_heads
         self.shape = Shape(
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=config.num_key_value_heads,
             head=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=self._head.weight.shape[0] if _is_plain(self._head) else config.vocab_size,
+            vocabulary=self._head.out_features if _is_plain(self._head) else config.vocab_size,
             trained=config.max_position_embeddings,
         )
         self._layers = [_Layer(layer, self.shape, join=own) for layer in self._model.layers]

@@ -104,7 +104,7 @@ class Sampler:
         if again.size:
             index = torch.from_numpy(again).to(logits.device)
             ids[index], _ = self._pick(
-                scores[index], [memories[i] for i in again], [draws[i] for i in again], full=True
+                scores[index], [memories[i] for i in again.tolist()], [draws[i] for i in again.tolist()], full=True
             )
             fetched = _fetch(logits, ids, enough, most)
         if not np.isfinite(fetched[:, 2]).all():

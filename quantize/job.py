@@ -160,9 +160,9 @@ def _importance(options: Options, checkpoint: Checkpoint | None, weights: Weight
     matrices = {tensor.name: tensor.matrix[1] for tensor in weights.tensors if is_quantizable(tensor)}
     fit = files.fit(found, {name: cols for name, cols in matrices.items() if name.startswith("blk.")})
     for words, names in (("says nothing of", fit.missing), ("has columns that were never used in", fit.dead)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            _note(f"note: the importance matrix {words} {names[0]}{more}")
+        for name in names[:1]:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            _note(f"note: the importance matrix {words} {name}{more}")
     return found
 
 

@@ -152,7 +152,7 @@ def save_states(path: Path, bases: Mapping[str, ExactBase], source: str) -> None
     arrays = {f"{kind}/{name}": values for name, b in bases.items() for kind, values in _arrays(b)}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez(file, source=np.array(source), **arrays)
+        np.savez(file, allow_pickle=False, source=np.array(source), **arrays)
     os.replace(partial, path)
 
 

@@ -78,7 +78,7 @@ class Checkpoint:
         """Rows `start` to `stop` of a tensor as floats (R, C); a vector is one row."""
         return to_floats(self.raw(name)[start:stop], self.tensors[name].dtype)
 
-    def rows_at(self, name: str, places: NDArray[np.intp]) -> Floats:
+    def rows_at(self, name: str, places: NDArray[np.integer[Any]]) -> Floats:
         """The rows at these places, in this order: (R, C)."""
         return to_floats(self.raw(name)[places], self.tensors[name].dtype)
 

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import BadModelFile
 from .gguf import PULL_AGAIN
@@ -103,7 +103,7 @@ def _place(tensor: StoredTensor) -> tuple[int, int]:
     return tensor.offset, tensor.size
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 53 for item in value)
 
 

@@ -234,9 +234,9 @@ async def _generated(
     request: Request,
     service: Service,
     body: Asked,
-    ask: Callable[[ServedModel, Asked], Ask],
-    gather: Callable[[ServedModel, Asked, Replies], Awaitable[dict[str, Any]]],
-    write: Callable[[ServedModel, Asked, Replies], AsyncGenerator[bytes, None]],
+    ask: Callable[[AnyModel, Asked], Ask],
+    gather: Callable[[AnyModel, Asked, Replies], Awaitable[dict[str, Any]]],
+    write: Callable[[AnyModel, Asked, Replies], AsyncGenerator[bytes, None]],
 ) -> Response:
     """A reply by one surface's three functions: what is asked of the engine, and the reply whole or streamed."""
     model = service.model

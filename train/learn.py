@@ -50,6 +50,7 @@ class Learner:
         totals = Totals(sum(len(it.replies) for it in episodes), learned_tokens, grpo.max_tokens)
         olds: dict[int, Tensor] = {}
         lr = rate(self.config.optimizer, step, grpo.steps)
+        sums, gradient = _Sums(), 0.0
         for _ in range(grpo.updates):
             self.optimizer.zero_grad()
             sums = _Sums()
