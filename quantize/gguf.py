@@ -226,7 +226,7 @@ class _Run:
                     f"{tensor.name} has a NaN or an infinity in its rows {start} to {stop - 1}",
                     "the checkpoint is damaged, or its training diverged: nothing good can come of it",
                 )
-            crc = zlib.crc32(memoryview(blocks))
+            crc = zlib.crc32(blocks.data)
             for file in files:
                 plan = file.output.plan
                 _write_at(file.descriptor, blocks, plan.place(plan.entries[index], start))
@@ -243,7 +243,7 @@ class _Run:
 
 
 def _write_at(descriptor: int, blocks: Blocks, place: int) -> None:
-    view = memoryview(blocks).cast("B")
+    view = blocks.data.cast("B")
     while view:
         written = os.pwrite(descriptor, view, place)
         view, place = view[written:], place + written

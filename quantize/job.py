@@ -162,7 +162,7 @@ def _importance(options: Options, checkpoint: Checkpoint | None, weights: Weight
     for words, names in (("says nothing of", fit.missing), ("has columns that were never used in", fit.dead)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            _note(f"note: the importance matrix {words} {names[0]}{more}")
+            _note(f"note: the importance matrix {words} {next(iter(names))}{more}")
     return found
 
 
@@ -196,7 +196,9 @@ def _costs(
     from . import sensitivity as files
 
     if options.sensitivity is not None and options.sensitivity.is_file():
-        return files.read(options.sensitivity).costs
+        known = files.read(options.sensitivity)
+        files.refuse_other(known, [tensor.name for tensor in weights.tensors if is_quantizable(tensor)])
+        return known.costs
     if not options.has_target:
         return None
     if not options.calibration:
