@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.base import LoadOptions
-from ..backends.open import PYTORCH_INSTALL, open_scorer
+from ..backends.open import INSTALL, open_scorer
 from ..r1.errors import UserError
 from .calibration import Part, Texts, chunks_of, pack, read_texts
 from .candidates import gguf_candidates
@@ -158,6 +158,6 @@ def _decoder(checkpoint: Checkpoint, threads: int) -> Any:
 
         from .pytorch_layers import Decoder
     except ImportError as error:
-        raise UserError(f"the analysis needs PyTorch and transformers: {error}", PYTORCH_INSTALL) from None
+        raise UserError(f"the analysis needs PyTorch and transformers: {error}", INSTALL["pytorch"]) from None
     torch.set_num_threads(threads)
     return Decoder(checkpoint)

@@ -31,3 +31,11 @@ class BadModelFile(UserError):
 
 class BadPrompt(UserError):
     """A conversation that the model's template, or we, cannot turn into a prompt."""
+
+
+class BadForm(UserError):
+    """A form that cannot be kept; `part` is where in a schema, as keys joined by dots."""
+
+    def __init__(self, message: str, part: str = "") -> None:
+        super().__init__(message)
+        self.part = part

@@ -27,7 +27,7 @@ EPSILON = 0.01
 
 
 def _random() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("random_checkpoint", Path(__file__).with_name("random_checkpoint.py"))
+    spec = importlib.util.spec_from_file_location("random_weights", Path(__file__).with_name("random_weights.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
