@@ -71,6 +71,7 @@ def serve() -> None:
     assert "stillhouse serve" in say("--help")
     print("  ", say("--version").strip())
     assert "smollm2:135m" in say("list")
+    assert "Q4_K_M" in say("quantize", "--help")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([PROGRAM, "serve", "--port", str(port), "--context", "1024"])

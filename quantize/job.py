@@ -149,20 +149,22 @@ def _importance(options: Options, checkpoint: Checkpoint | None, weights: Weight
     if options.imatrix is not None:
         found = files.read(options.imatrix)
     elif options.calibration and not options.dry_run:
-        from .analysis import collect_importance
-
-        found = collect_importance(checkpoint or weights.files[0].path, options.calibration, threads=options.threads)
         path = _folder(options) / f"{_stem(weights)}.imatrix.gguf"
-        files.write(path, found)
+        if not (options.resume and path.is_file()):
+            from .analysis import collect_importance
+
+            source = checkpoint or weights.files[0].path
+            files.write(path, collect_importance(source, options.calibration, threads=options.threads))
+        found = files.read(path)  # as it is on the disk: what is resumed later starts from the same numbers
         _note(f"importance matrix: {path}")
     else:
         return None
     matrices = {tensor.name: tensor.matrix[1] for tensor in weights.tensors if is_quantizable(tensor)}
     fit = files.fit(found, {name: cols for name, cols in matrices.items() if name.startswith("blk.")})
     for words, names in (("says nothing of", fit.missing), ("has columns that were never used in", fit.dead)):
-        for name in names[:1]:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            _note(f"note: the importance matrix {words} {name}{more}")
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            _note(f"note: the importance matrix {words} {next(iter(names))}{more}")
     return found
 
 
@@ -174,7 +176,7 @@ def _rungs(
     rungs: list[_Rung] = []
     for type in options.types:
         recipe = find_recipe(type)
-        choice = assign(recipe, weights, options.overrides, has_importance=bool(known))
+        choice = assign(recipe, weights, options.overrides, has_importance=bool(known or options.calibration))
         lacking = lacking_importance(choice.types, recipe, known)
         if lacking and not (options.dry_run and options.calibration):
             raise UserError(
@@ -195,8 +197,11 @@ def _costs(
     """The price list, read or found; `None` where nobody asked for one."""
     from . import sensitivity as files
 
-    if options.sensitivity is not None and options.sensitivity.is_file():
-        return files.read(options.sensitivity).costs
+    path = options.sensitivity or _folder(options) / f"{_stem(weights)}.sensitivity.json"
+    if path.is_file() and (options.sensitivity or (options.resume and options.has_target)):
+        known = files.read(path)
+        files.refuse_other(known, [tensor.name for tensor in weights.tensors if is_quantizable(tensor)])
+        return known.costs
     if not options.has_target:
         return None
     if not options.calibration:
@@ -208,9 +213,9 @@ def _costs(
     from .candidates import TYPES
 
     found = find_sensitivity(_needed(checkpoint), options.calibration, TYPES, importance, threads=options.threads)
-    path = options.sensitivity or _folder(options) / f"{_stem(weights)}.sensitivity.json"
-    files.write(path, found)
-    _note(f"price list: {path}")
+    if not options.dry_run or options.sensitivity:
+        files.write(path, found)
+        _note(f"price list: {path}")
     return found.costs
 
 

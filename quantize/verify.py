@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..backends.open import open_vocabulary
 from ..r1.errors import BadModelFile, BadPrompt
 from ..r1.gguf import Header, read_header
 from ..r1.prompt import CLOSE, OPEN
@@ -26,6 +27,7 @@ from .progress import meter
 from .readers import Reader, checkpoint_reader, gguf_reader
 from .samples import conversations, strings
 from .source import Checkpoint, find_checkpoint
+from .vocabulary import CONTROL, USER_DEFINED, read_vocabulary
 from .weights import FLOATS, Tensor, Weights, from_checkpoint, from_gguf
 
 SLACK_DB = 15.0  # under 6.02 dB a bit: a tensor that is worse than that is not a rounded one, but another one
@@ -68,7 +70,7 @@ def findings(file: Path, source: Checkpoint | Path | None, *, count: int, thread
     yield one_bos(reader)
     if isinstance(source, Checkpoint):
         theirs = checkpoint_reader(source)
-        yield same_tokens(reader, theirs, count)
+        yield same_tokens(reader, theirs, count, overruled(file, source))
         yield same_prompts(reader, theirs)
     if source is not None:
         original = from_gguf(source) if isinstance(source, Path) else from_checkpoint(source, "unused")
@@ -130,11 +132,21 @@ def one_bos(reader: Reader) -> Finding:
     return Finding("template", count == 1, f"it renders; a prompt begins with {count} BOS")
 
 
-def same_tokens(ours: Reader, theirs: Reader, count: int) -> Finding:
-    """Both tokenizers make the same of many texts."""
-    different = [text for text in strings(count) if list(ours.encode(text)) != list(theirs.encode(text))]
+def overruled(file: Path, source: Checkpoint) -> list[str]:
+    """Tokens that llama.cpp takes for control tokens by their looks, whatever the file says of them."""
+    known = read_vocabulary(source.folder, source.config["vocab_size"], pre="unused").metadata
+    kinds = zip(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.token_type"], strict=True)
+    meant = {text for text, kind in kinds if kind in (CONTROL, USER_DEFINED)}
+    return sorted(set(open_vocabulary([file]).vocabulary.control) - meant)
+
+
+def same_tokens(ours: Reader, theirs: Reader, count: int, overruled: Sequence[str] = ()) -> Finding:
+    """Both tokenizers make the same of many texts, but for words that llama.cpp overrules."""
+    texts = [text for text in strings(count) if not any(word in text for word in overruled)]
+    different = [text for text in texts if list(ours.encode(text)) != list(theirs.encode(text))]
     if not different:
-        return Finding("tokenizer", True, f"{count} texts give the same tokens")
+        left_out = f"; {count - len(texts)} with {', '.join(overruled)}, which llama.cpp overrules, left out"
+        return Finding("tokenizer", True, f"{len(texts)} texts give the same tokens{left_out if overruled else ''}")
     shown = min(different, key=len)
     return Finding("tokenizer", False, f"{len(different)} of {count} texts give others, such as {shown[:60]!r}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -14,11 +16,13 @@ import pytest
 
 from stillhouse.__main__ import main
 from stillhouse.backends.base import GenerationRequest
-from stillhouse.quantize import gguf, job
-from stillhouse.quantize.recipes import assign
+from stillhouse.quantize import gguf, importance, job, sensitivity
+from stillhouse.quantize.gguf_blocks import bits_per_weight, row_bytes
+from stillhouse.quantize.recipes import assign, is_quantizable
 from stillhouse.quantize.source import Checkpoint, open_checkpoint
 from stillhouse.quantize.weights import from_checkpoint
 from stillhouse.r1.cache import size_text
+from stillhouse.r1.gguf import read_header
 
 
 def _beside(name: str) -> ModuleType:
@@ -175,6 +179,72 @@ def test_llama_cpp_reads_the_file_and_goes_on_with_a_text(tiny, tmp_path, open_l
     assert sum(len(backend.step()) for _ in range(5)) >= 1
 
 
+def price_list(source: Path, path: Path) -> Path:
+    """What each matrix costs, made up: a bit halves the loss, and values are worth ten times as much."""
+    weights = from_checkpoint(open_checkpoint(source))
+    costs = {
+        tensor.name: {
+            type: sensitivity.Cost(
+                tensor.size * 2.0 ** -bits_per_weight(type) * (10 if "attn_v" in tensor.name else 1) * 1e-6,
+                2.0 ** -bits_per_weight(type),
+                tensor.matrix[0] * row_bytes(type, tensor.matrix[1]),
+            )
+            for type in ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+        }
+        for tensor in weights.tensors
+        if is_quantizable(tensor)
+    }
+    sensitivity.write(path, sensitivity.Sensitivity(costs, source.name, "made up", 1))
+    return path
+
+
+def test_a_mix_keeps_to_its_size_and_spends_it_where_it_is_worth_most(tiny, tmp_path, capsys):
+    prices = price_list(tiny, tmp_path / "prices.json")
+    assert run(tiny, "--target-bpw", "5.2", "--sensitivity", prices, "-o", tmp_path / "mix.gguf") == 0
+    header = read_header(tmp_path / "mix.gguf")
+    assert 5.0 < header.weights_bytes * 8 / header.parameters <= 5.2
+    types = {tensor.name: tensor.type for tensor in header.tensors}
+    bits = {part: bits_per_weight(types[f"blk.0.{part}.weight"]) for part in ("attn_v", "ffn_up")}
+    assert bits["attn_v"] > bits["ffn_up"]
+    assert "predicted" in capsys.readouterr().err
+    assert run(tiny, "--target-size", "1.2M", "--sensitivity", prices, "-o", tmp_path / "size.gguf") == 0
+    assert 1_150_000 < (tmp_path / "size.gguf").stat().st_size <= 1_200_000
+
+
+def test_the_price_list_of_another_model_is_refused(tiny, tmp_path, capsys):
+    other = checkpoints.write_checkpoint(tmp_path / "Other", "qwen2", blocks=1)
+    prices = price_list(other, tmp_path / "prices.json")
+    assert run(tiny, "--target-bpw", "5", "--sensitivity", prices, "-o", tmp_path / "mix.gguf") == 2
+    assert "made for another model" in capsys.readouterr().err and not (tmp_path / "mix.gguf").exists()
+
+
+def test_the_file_tells_what_it_was_made_from_and_how(tiny, tmp_path):
+    (whole,) = fixtures.make(tiny, tmp_path, ["BF16"]).values()
+    values = fixtures.importance_for(whole)
+    importance.write(tmp_path / "i.gguf", importance.Importance(values, dict.fromkeys(values, 512), ("text",), 3, 512))
+    flags = ("--imatrix", tmp_path / "i.gguf", "--tensor-type", "ffn_up=Q6_K")
+    assert run(tiny, "Q4_0", "-o", tmp_path / "out.gguf", *flags) == 0
+    said = read_header(tmp_path / "out.gguf").metadata
+    sha256 = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
+    assert said["stillhouse.source.sha256"] == (sha256,) and said["stillhouse.source.name"] == "Tiny-R1"
+    assert json.loads(str(said["stillhouse.recipe"]))["overrides"] == [["ffn_up", "Q6_K"]]
+    assert said["quantize.imatrix.file"] == "i.gguf" and said["quantize.imatrix.chunks_count"] == 3
+    assert json.loads(str(said["stillhouse.quality"])) == {}
+    assert sha256 in (tmp_path / "out.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_file_that_is_worse_than_asked_for_is_not_delivered(tiny, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert run(tiny, "Q4_0,Q8_0", "-o", tmp_path, "--max-kld", "0.01") == 5
+    (good,) = tmp_path.glob("*.gguf")
+    assert good.name.endswith("-Q8_0.gguf") and not list(tmp_path.glob("*.partial"))
+    quality = json.loads(str(read_header(good).metadata["stillhouse.quality"]))
+    assert all(0 < found["kld_mean"] < 0.01 for found in quality.values()) and len(quality) == 2
+    assert "more than 0.01" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_points_and_resume_give_the_same_file(tmp_path):
     source = checkpoints.write_checkpoint(tmp_path / "Killed-R1", blocks=8, hidden=512, forward=2048)
@@ -191,7 +261,7 @@ def test_kill_9_at_random_points_and_resume_give_the_same_file(tmp_path):
             except subprocess.TimeoutExpired:
                 process.kill()
                 killed += 1
-                assert not (tmp_path / "hurt.gguf").exists()
-                continue
+                if not (tmp_path / "hurt.gguf").exists():
+                    continue
         assert (tmp_path / "hurt.gguf").read_bytes() == (tmp_path / "calm.gguf").read_bytes()
         (tmp_path / "hurt.gguf").unlink()

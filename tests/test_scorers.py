@@ -135,6 +135,15 @@ def test_the_calibration_text_is_refused(models, tmp_path):
         run(models["Q4_0"], "--against", models["F32"], "--text", mine, "--calibration", mine)
 
 
+@pytest.mark.parametrize(
+    "parser", [cli_measure.calibrate_parser, cli_measure.measure_parser], ids=["calibrate", "measure"]
+)
+def test_the_page_names_every_flag(parser):
+    page = (Path(__file__).parents[1] / "docs" / "measuring.md").read_text(encoding="utf-8")
+    for action in parser()._actions:
+        assert action.dest == "help" or all(f"`{flag}" in page for flag in action.option_strings), action.dest
+
+
 @pytest.mark.parametrize("flags", [(), ("--against", "a", "--kld", "b")], ids=["nothing", "two things"])
 def test_one_thing_to_compare_with(flags):
     with pytest.raises(UserError, match="compared with"):
