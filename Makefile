@@ -51,7 +51,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.all: pyproject.toml | $(BIN)/python
-	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)clients])
+	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)train$(comma)clients])
 	@touch $(VENV)/.demo $(VENV)/.dev $@
 
 $(BIN)/python:

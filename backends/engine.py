@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .base import Backend, BackendFailed, GenerationRequest, Token
 
 Item = Token | Exception
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +36,13 @@ class Activity:
     steps: int = 0
     step_s: float = 0.0  # in all steps together
     last_step_at: float = field(default_factory=time.monotonic)
+    step_began_at: float | None = None  # `None` between two steps
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the step in progress has taken so far, in seconds; 0 between two."""
+        began_at = self.step_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
 
 class Engine:
@@ -76,6 +85,25 @@ class Engine:
         """Have a prompt read into the KV cache; nobody waits for it."""
         self._inbox.put(lambda: self._add(request, _Mailbox(lambda _: None)))
 
+    def between_steps(self, job: Callable[[Backend], Result]) -> Result:
+        """Have the engine's thread do something with its backend, and wait for it. Raises what the job raises."""
+        done: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((job(self.backend), None))
+            except Exception as error:
+                done.put((None, error))
+
+        with self._door:
+            if self._closing:
+                raise BackendFailed("the server is shutting down")
+            self._inbox.put(run)
+        result, error = done.get()
+        if error:
+            raise error
+        return result  # pyright: ignore[reportReturnType] - where there is no error
+
     def close(self) -> None:
         """Finish the step in progress, end everything else, and give the backend back."""
         with self._door:
@@ -88,8 +116,8 @@ class Engine:
         with self._door:
             if self._closing:
                 raise BackendFailed("the server is shutting down")
-            for request in requests:
-                self._inbox.put(lambda request=request: self._add(request, mailbox))
+            # In one go: what a step begins with does not depend on how fast they come.
+            self._inbox.put(lambda: self._add_all(requests, mailbox))
         return {request.id for request in requests}
 
     def _recall(self, request_ids: set[str]) -> None:
@@ -102,11 +130,14 @@ class Engine:
         while self._take():
             try:
                 started = time.perf_counter()
+                self.activity.step_began_at = time.monotonic()
                 tokens = self.backend.step()
                 self.activity.step_s += time.perf_counter() - started
             except Exception as error:  # out of memory, say: the batch is lost, the engine is not
                 self._lose_all(error)
                 continue
+            finally:
+                self.activity.step_began_at = None
             self.activity.steps += 1
             self.activity.last_step_at = time.monotonic()
             self._deliver(tokens)
@@ -121,6 +152,10 @@ class Engine:
                 return False
             job()
         return True
+
+    def _add_all(self, requests: Sequence[GenerationRequest], mailbox: _Mailbox) -> None:
+        for request in requests:
+            self._add(request, mailbox)
 
     def _add(self, request: GenerationRequest, mailbox: _Mailbox) -> None:
         try:

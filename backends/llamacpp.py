@@ -64,16 +64,13 @@ class LlamaCpp:
         most = options.parallel if fitted.partitioned else options.parallel + _RETAINED
         sequences = min(_MOST_SEQUENCES, most)
         self._context = make_context(self._model, options, fitted, sequences)
-        if self._adapters:
-            scales = (ctypes.c_float * len(self._adapters))(*(scale for _, scale in options.loras))
-            adapters = (C.llama_adapter_lora_p_ctypes * len(self._adapters))(*self._adapters)
-            if C.llama_set_adapters_lora(self._context, adapters, len(self._adapters), scales):
-                raise BadModelFile("the LoRA adapters could not be applied", "they must be made for this very model")
+        self._apply(self._adapters, [scale for _, scale in options.loras])
         self.vocabulary = LlamaVocabulary(self._model)
         self._cache = LlamaCache(
             self._context, self._model, sequences, fitted.cache_tokens, partitioned=fitted.partitioned
         )
         self._parallel = options.parallel
+        self._steady = options.steady
         self._batch = Batch(options.batch_tokens)
         self._pace = Pace(options.batch_tokens)
         self._waiting: deque[_Running] = deque()
@@ -121,6 +118,29 @@ class LlamaCpp:
     def load(self) -> Load:
         """How busy it is now."""
         return Load(len(self._running), len(self._waiting), self._cache.used, self._cache.cells)
+
+    def set_adapter(self, path: Path | None, scale: float = 1.0) -> None:
+        """Have another LoRA adapter, or none, in place of those there are, and forget what was computed with them.
+
+        Raises `BadModelFile`, with the old ones still in place, and `BackendFailed` while replies are in progress.
+        """
+        if self._running or self._waiting:
+            raise BackendFailed("an adapter cannot be changed under replies in progress")
+        adapters = [load_adapter(self._model, path)] if path else []
+        self._apply(adapters, [scale])
+        for adapter in self._adapters:
+            C.llama_adapter_lora_free(adapter)
+        self._adapters = adapters
+        for reply in self._idle:
+            reply.sampler.close()
+        self._idle.clear()
+        self._cache.clear()
+
+    def _apply(self, adapters: list[C.llama_adapter_lora_p], scales: list[float]) -> None:
+        count = len(adapters)
+        pointers = (C.llama_adapter_lora_p_ctypes * count)(*adapters)
+        if C.llama_set_adapters_lora(self._context, pointers, count, (ctypes.c_float * count)(*scales[:count])):
+            raise BadModelFile("the LoRA adapters could not be applied", "they must be made for this very model")
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -191,7 +211,8 @@ class LlamaCpp:
         started = time.perf_counter()
         status = C.llama_decode(self._context, self._batch.struct)
         if status == 0:
-            self._pace.note(self._batch.tokens, time.perf_counter() - started)
+            if not self._steady:
+                self._pace.note(self._batch.tokens, time.perf_counter() - started)
             for reply, count in self._batch.entries:
                 assert reply.sequence is not None
                 reply.sequence.tokens.extend(reply.todo[:count])

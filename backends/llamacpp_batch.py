@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 import llama_cpp as C
@@ -71,3 +72,12 @@ class Batch:
             self.outputs.append(end - 1)
         self.entries.append((reply, count))
         self.tokens = self.struct.n_tokens = end
+
+    def fill(self, ids: Sequence[int], *, position: int, wanted: bool) -> None:
+        """Take a piece of one text, the first sequence's, and nothing else; the logits of all of it or of none."""
+        self.clear()
+        self._ids[: len(ids)] = ids
+        self._positions[: len(ids)] = range(position, position + len(ids))
+        self._sequences[: len(ids)] = 0
+        self._wanted[: len(ids)] = wanted
+        self.tokens = self.struct.n_tokens = len(ids)

@@ -65,6 +65,8 @@ def load_model(paths: tuple[Path, ...], options: LoadOptions) -> C.llama_model_p
 
 def load_adapter(model: C.llama_model_p, path: Path) -> C.llama_adapter_lora_p:
     """Read a LoRA adapter for this model. Raises `BadModelFile`."""
+    if path.is_dir():  # of a training run
+        path /= "adapter.gguf"
     if not path.is_file():
         raise BadModelFile(f"there is no LoRA adapter {path}", "--lora takes a GGUF file and, after =, its scale")
     adapter = C.llama_adapter_lora_init(model, str(path).encode())
@@ -114,6 +116,18 @@ def silence() -> None:
     _complaints.clear()
     C.llama_log_set(_listen, ctypes.c_void_p(0))
     C.llama_backend_init()
+    _load_compute_libraries()
+
+
+def _load_compute_libraries() -> None:
+    """Where llama.cpp was built for every CPU, each kind has a library of its own: have ggml take the best."""
+    folder = Path(C.__file__).parent / "lib"
+    library = folder / "libggml.so.0"  # the one that libllama is linked to; `libggml.so` beside it is a copy
+    if library.is_file():
+        ggml = ctypes.CDLL(str(library))
+        ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+        if not ggml.ggml_backend_reg_count():
+            ggml.ggml_backend_load_all_from_path(str(folder).encode())
 
 
 def last_words() -> str:

@@ -6,11 +6,26 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import llama_cpp as C
 
+from ..r1.errors import BadModelFile
+from .llamacpp_load import last_words, silence
+
 _CONTROL = C.LLAMA_TOKEN_ATTR_CONTROL
 _USER_DEFINED = C.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+
+def load_vocabulary(path: Path) -> LlamaVocabulary:
+    """The vocabulary of a file whose weights are not wanted. Raises `BadModelFile`."""
+    silence()
+    params = C.llama_model_default_params()
+    params.vocab_only = True
+    model = C.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise BadModelFile(f"llama.cpp cannot read the vocabulary of {path.name}: {last_words()}", "verify the file")
+    return LlamaVocabulary(model)
 
 
 class LlamaVocabulary:

@@ -6,16 +6,17 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
-from .base import Backend, LoadOptions
+from .base import Backend, LoadOptions, Vocabulary
 from .checkpoint import PICKLES, Checkpoint, read_checkpoint
+from .scorer import Scorer
 
 BACKENDS = ("llama.cpp", "pytorch", "mlx")
 _MODULES = {"llama.cpp": ("llama_cpp",), "pytorch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
-_INSTALL = {
+INSTALL = {
     "llama.cpp": "pip install llama-cpp-python",
     "pytorch": 'pip install "stillhouse[torch]"',
     "mlx": 'pip install "stillhouse[mlx]"',
@@ -77,6 +78,50 @@ def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
     return Opened(Echo(parallel=parallel, context_length=context or 4096), None, "<|begin|>", "<|end|>")
 
 
+class Words(NamedTuple):
+    """How a model reads text."""
+
+    vocabulary: Vocabulary
+    chat_template: str | None
+    begin_text: str
+    end_text: str
+
+
+def open_vocabulary(paths: Sequence[Path]) -> Words:
+    """The vocabulary of a GGUF model without its weights; it stays in memory."""
+    header = read_header(paths[0])
+    from .llamacpp_vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(paths[0])
+    return Words(vocabulary, header.chat_template, *vocabulary.boundary_texts())
+
+
+def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) -> Scorer:
+    """Load a model to read texts of at most `context` tokens with: a GGUF file, or a checkpoint's safetensors."""
+    if not paths:
+        raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
+    if paths[0].suffix != ".safetensors":
+        for path in paths:
+            read_header(path)  # every byte count is checked before any C code reads the file
+        from .llamacpp_scorer import LlamaScorer
+
+        return LlamaScorer(tuple(paths), options, context=context)
+    try:
+        from .pytorch_scorer import TorchScorer
+    except ImportError as error:
+        raise UserError(f"PyTorch or transformers is not installed: {error}", INSTALL["pytorch"]) from None
+    return TorchScorer(paths[0].parent, options)
+
+
+def open_watched(path: Path, callback: Any, *, threads: int, context: int) -> Scorer:
+    """A GGUF model whose operations are shown to one of ggml's evaluation callbacks; in memory, not on a GPU."""
+    read_header(path)
+    from .llamacpp_scorer import LlamaScorer
+
+    options = LoadOptions(threads=threads, gpu_layers=0)
+    return LlamaScorer((path,), options, context=context, watch=callback)
+
+
 def kind_of(checkpoint: Checkpoint) -> str:
     """What decides about the backend of a checkpoint: "16-bit", "pickle", "mlx", or how it is quantized."""
     if checkpoint.weights[0].suffix in PICKLES:
@@ -116,13 +161,13 @@ def choose(
                 f"leave --backend out, or choose {' or '.join(able)}",
             )
         if not is_installed(asked):
-            raise UserError(f"{asked} is not installed", _INSTALL[asked])
+            raise UserError(f"{asked} is not installed", INSTALL[asked])
         return Choice(asked, "asked for")
     for backend in able:
         if is_installed(backend):
             missing = "" if backend == able[0] else f"; {able[0]} is not installed"
             return Choice(backend, reason + missing)
-    raise UserError(f"{able[0]} is not installed, and {reason}", _INSTALL[able[0]])
+    raise UserError(f"{able[0]} is not installed, and {reason}", INSTALL[able[0]])
 
 
 def _check_quantizer(checkpoint: Checkpoint) -> None:
@@ -143,7 +188,7 @@ def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions, choice: Choice
     try:
         from .llamacpp import LlamaCpp
     except ImportError as error:
-        raise UserError(f"llama.cpp cannot be loaded: {error}", _INSTALL["llama.cpp"]) from None
+        raise UserError(f"llama.cpp cannot be loaded: {error}", INSTALL["llama.cpp"]) from None
     backend = LlamaCpp(paths, header, options)
     return Opened(backend, header.chat_template, *backend.vocabulary.boundary_texts(), choice.reason)
 
@@ -152,7 +197,7 @@ def _open_mlx(checkpoint: Checkpoint, options: LoadOptions, choice: Choice) -> O
     try:
         from .mlxlm import MlxLm
     except ImportError as error:
-        raise UserError(f"MLX cannot be loaded: {error}", _INSTALL["mlx"]) from None
+        raise UserError(f"MLX cannot be loaded: {error}", INSTALL["mlx"]) from None
     from .hf_vocabulary import read_chat_template
 
     backend = MlxLm(checkpoint, options)
@@ -164,6 +209,6 @@ def _open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions, c
     try:
         from .pytorch_load import open_pytorch
     except ImportError as error:
-        raise UserError(f"PyTorch cannot be loaded: {error}", _INSTALL["pytorch"]) from None
+        raise UserError(f"PyTorch cannot be loaded: {error}", INSTALL["pytorch"]) from None
     backend, template = open_pytorch(source, options)
     return Opened(backend, template, *backend.vocabulary.boundary_texts(), choice.reason)

@@ -26,7 +26,7 @@ _repository = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _web = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|^hf://", re.IGNORECASE)
 _safetensors_extras = re.compile(
     r"^(?:config|generation_config|tokenizer.*|vocab|merges|special.*|added_tokens|chat_template|quantize_config"
-    r"|hf_quant_config)\.(?:json|txt|model)$"
+    r"|hf_quant_config)\.(?:json|txt|model)$|^README\.md$"
 )
 _PICKLES = (".bin", ".pt", ".pth")
 

@@ -14,6 +14,7 @@ from ..backends.open import BACKENDS
 from ..r1.catalog import DEFAULT_MODEL
 from ..r1.errors import UserError
 
+UPSTREAM = "openai"  # the backend that is other servers
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -38,7 +39,7 @@ class Settings:
 
 def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
     """The flags that say which model, and how it is loaded."""
-    default = _environment("MODEL") or DEFAULT_MODEL
+    default = _environment("MODEL")
     words = (
         "catalogue name, GGUF file, checkpoint folder, hub id (org/repo[:quantization]) or `echo`; "
         f"default {DEFAULT_MODEL}"
@@ -51,10 +52,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     _flag(
         group,
         "--backend",
-        type=_one_of("auto", *BACKENDS),
+        type=_one_of("auto", *BACKENDS, UPSTREAM),
         default="auto",
         metavar="NAME",
-        help="auto, llama.cpp, pytorch or mlx; auto goes by the files, the machine and what is installed",
+        help="auto, llama.cpp, pytorch, mlx, or openai: upstreams serve it; auto goes by the files, the machine and "
+        "what is installed",
     )
     _flag(
         group,
@@ -134,6 +136,49 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for replies in progress at shutdown (default 30)",
     )
+    group = parser.add_argument_group("upstreams (--backend openai)")
+    group.add_argument(
+        "--upstream", action="append", default=[], metavar="URL", help="an OpenAI-compatible server; may be repeated"
+    )
+    _flag(group, "--upstream-key-file", metavar="FILE", help="the key that upstreams are asked with")
+    _flag(
+        group,
+        "--upstream-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="an upstream that is silent for so long has failed (default 300)",
+    )
+
+
+def model(arguments: argparse.Namespace) -> str:
+    """The model that is named, or the default."""
+    return arguments.model or DEFAULT_MODEL
+
+
+def upstreams(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The upstreams' URLs; none where the model is loaded here. Raises `UserError` where the flags contradict."""
+    if arguments.backend != UPSTREAM:
+        if arguments.upstream:
+            raise UserError("--upstream is for models that others serve", "add --backend openai")
+        return ()
+    if not arguments.upstream:
+        raise UserError("--backend openai needs a server to ask", "--upstream http://127.0.0.1:8001")
+    for flag in ("context", "cache_tokens", "lora", "chat_template"):
+        if getattr(arguments, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name} says how a model is loaded; an upstream has loaded its own", f"leave {name} out")
+    return tuple(arguments.upstream)
+
+
+def upstream_key(arguments: argparse.Namespace) -> str | None:
+    """The key that upstreams are asked with."""
+    if arguments.upstream_key_file is None:
+        return _environment("UPSTREAM_KEY")
+    keys = _lines(arguments.upstream_key_file, "upstream key file")
+    if len(keys) != 1 or not keys[0].isascii():
+        raise UserError(f"the upstream key file {arguments.upstream_key_file} holds {len(keys)} keys", "it holds one")
+    return keys[0]
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
@@ -182,12 +227,16 @@ def key_hash(key: str) -> bytes:
 def _keys(path: str | None) -> frozenset[bytes]:
     keys = [key] if (key := _environment("API_KEY")) else []
     if path is not None:
-        lines = (line.strip() for line in _read(path, "API key file").splitlines())
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise UserError(f"the API key file {path} holds no key", "put one key on each line")
-        keys += found
+        keys += _lines(path, "API key file")
     return frozenset(map(key_hash, keys))
+
+
+def _lines(path: str, what: str) -> list[str]:
+    lines = (line.strip() for line in _read(path, what).splitlines())
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"the {what} {path} holds no key", "put one key on each line")
+    return found
 
 
 def _read(path: str, what: str) -> str:

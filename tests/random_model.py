@@ -12,16 +12,24 @@ TAGS = ("<think>", "</think>")  # user-defined, as in R1's vocabularies
 WIDTH, BLOCKS, HEADS, FORWARD = 64, 2, 2, 128
 
 
-def write_model(path: Path, *, context: int = 2048, norm: float = 1.0, seed: int = 0) -> Path:
+def write_model(
+    path: Path,
+    *,
+    context: int = 2048,
+    norm: float = 1.0,
+    seed: int = 0,
+    architecture: str = "llama",
+    kv_heads: int = HEADS,
+) -> Path:
     """A GGUF file of half a megabyte. The weights are large, so that replies are lively and greedy choices clear."""
     random = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(BLOCKS)
     writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(FORWARD)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
+    writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     tokens = [*_byte_names(), *CONTROL, *TAGS]
     kinds = [gguf.TokenType.NORMAL] * 256
@@ -50,7 +58,10 @@ def write_model(path: Path, *, context: int = 2048, norm: float = 1.0, seed: int
         ones(prefix + "attn_norm.weight")
         ones(prefix + "ffn_norm.weight")
         for part in ("q", "k", "v", "output"):
-            matrix(f"{prefix}attn_{part}.weight", WIDTH, WIDTH, 2.0)
+            rows = WIDTH * kv_heads // HEADS if part in "kv" else WIDTH
+            matrix(f"{prefix}attn_{part}.weight", rows, WIDTH, 2.0)
+            if architecture == "qwen2" and part != "output":
+                writer.add_tensor(f"{prefix}attn_{part}.bias", random.standard_normal(rows).astype(np.float32))
         matrix(prefix + "ffn_gate.weight", FORWARD, WIDTH, 2.0)
         matrix(prefix + "ffn_up.weight", FORWARD, WIDTH, 2.0)
         matrix(prefix + "ffn_down.weight", WIDTH, FORWARD, 2.0)

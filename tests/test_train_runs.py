@@ -1,0 +1,317 @@
+"""Whole runs on a model of half a megabyte: it learns, it resumes to the bit, it notices what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs torch: pip install 'stillhouse[train]'")
+pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
+
+from stillhouse.r1.errors import UserError  # noqa: E402 - only where torch is
+from stillhouse.train import checkpoint, export  # noqa: E402
+from stillhouse.train.config import RunConfig, load_config  # noqa: E402
+from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
+from stillhouse.train.probe import probe  # noqa: E402
+from stillhouse.train.rollout import Rollouts, find_model, open_rollouts  # noqa: E402
+from stillhouse.train.sft import run_sft  # noqa: E402
+from stillhouse.train.tasks import open_task  # noqa: E402
+
+REWARD = """
+def vowels(completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+def nothing(completions, **_):
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(random_model, tmp_path_factory) -> Path:
+    """A folder with a model, a task and a reward."""
+    folder = tmp_path_factory.mktemp("toy")
+    random_model.write_model(folder / "toy.gguf", kv_heads=1, norm=0.5)
+    rows = [{"id": f"q{n}", "prompt": f"say {n}", "answer": str(n)} for n in range(12)]
+    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def configure(toy, tmp_path) -> Callable[..., RunConfig]:
+    def configure(**changes) -> RunConfig:
+        given = {
+            "out": str(tmp_path / "run"),
+            "model.name": str(toy / "toy.gguf"),
+            "task.name": str(toy / "task.jsonl"),
+            "task.held_out_size": 4,
+            "task.instruction": "",
+            "lora.rank": 4,
+            "lora.alpha": 8.0,
+            "grpo.steps": 4,
+            "grpo.prompts": 2,
+            "grpo.group": 4,
+            "grpo.max_tokens": 8,
+            "optimizer.lr": 1e-2,
+            "optimizer.warmup": 0,
+            "rollout.weights": "f32",
+            "rollout.threads": 1,
+            "rollout.prompt_tokens": 64,
+            "evaluation.every": 0,
+            "evaluation.items": 2,
+            "save.every": 2,
+            "guard.length": 0.0,
+            "guard.truncated": 0.0,
+            "rewards": {f"{toy}/reward.py:vowels": 1.0},
+        }
+        return load_config(changes=given | changes)
+
+    return configure
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {f"{name}.{n}": it.clone() for name, pair in run.policy.adapter().items() for n, it in enumerate(pair)}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def steps_of(run: Run) -> list[dict]:
+    """The log without times and memory."""
+    return [
+        {key: value for key, value in record.items() if not key.endswith(("_s", "_gb"))}
+        for record in run.folder.records()
+    ]
+
+
+# Learning
+
+
+def test_a_model_learns_what_is_rewarded(configure):
+    run = run_grpo(configure(**{"grpo.steps": 40, "grpo.group": 8}), anyway=True, report=quiet)
+    rewards = [record["reward"] for record in run.folder.records() if record["kind"] == "grpo"]
+    assert sum(rewards[:5]) / 5 < 0.2 and sum(rewards[-5:]) / 5 > 0.6
+    kept = run.folder.completions()
+    assert len(kept) >= 40 * 16 and {"text", "reward", "advantage", "truncated"} <= kept[0].keys()
+
+
+def test_engine_and_trainer_agree_at_every_step(configure):
+    run = run_grpo(configure(), anyway=True, report=quiet)
+    records = [record for record in run.folder.records() if record["kind"] == "grpo"]
+    assert all(0 <= record["mismatch_kl"] < 1e-8 for record in records)
+    assert all(record["mismatch_ess"] > 0.9999 for record in records)
+    assert records[-1]["change"] > 0
+
+
+def test_examples_are_learned_and_served(configure, tmp_path, toy):
+    rows = [{"prompt": f"say {n}", "response": "<think>\nokay</think><answer>done</answer>"} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = configure(**{"sft.epochs": 30, "sft.batch": 4})
+    done = run_sft(config, tmp_path / "data.jsonl", quiet)
+    assert done.first_loss > 2 and done.last_loss < 0.3
+    paths, adapter = find_model(f"{toy / 'toy.gguf'}+{tmp_path / 'run'}")
+    rollouts = open_rollouts(paths, config.rollout, 64)
+    rollouts.use(adapter / "adapter.gguf")
+    from stillhouse.r1.messages import Message
+
+    asked = rollouts.ask([Message("user", "say 2")])
+    assert asked.prefix == "<think>\n"  # opened by the template, so not learned
+    ((reply,),) = rollouts.draw([asked.ids], 1, 64, ["x"], temperature=0)
+    rollouts.close()
+    assert reply.text == "okay</think><answer>done</answer>" and not reply.truncated
+
+
+# Repeating
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(configure, tmp_path):
+    """Weights, optimizer, log and what is said next; the run is stopped in the middle of a step, after a save."""
+    fields = {"grpo.steps": 5, "evaluation.every": 1, "save.every": 2, "grpo.curriculum": True}
+    whole = run_grpo(configure(**fields), anyway=True, report=quiet)
+    config = configure(**fields, out=str(tmp_path / "second"))
+
+    def stop(words: str) -> None:
+        if words.startswith("step 3/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_grpo(config, anyway=True, report=stop)
+    again = run_grpo(config, resume=True, report=quiet)
+    assert same(weights(whole), weights(again))
+    assert steps_of(whole) == steps_of(again)
+    assert whole.folder.completions() == again.folder.completions()
+    one, other = (run.optimizer.state_dict()["state"] for run in (whole, again))
+    assert all(torch.equal(one[n]["exp_avg_sq"], other[n]["exp_avg_sq"]) for n in one)
+
+
+def test_the_split_into_micro_batches_changes_nothing(configure, tmp_path):
+    runs = [
+        run_grpo(
+            configure(out=str(tmp_path / f"{budget}"), **{"grpo.token_budget": budget, "grpo.steps": 2}),
+            anyway=True,
+            report=quiet,
+        )
+        for budget in (1, 100_000)
+    ]
+    one, other = map(weights, runs)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    {
+        "a KL and two updates": {"grpo.beta": 0.05, "grpo.updates": 2, "guard.kl": 9.0},
+        "sequences": {"grpo.loss": "gspo", "grpo.normalisation": "group"},
+        "cut off replies penalised": {"grpo.loss": "dapo", "grpo.truncated": "penalise"},
+        "whatever the groups": {"grpo.loss": "cispo", "grpo.epsilon_high": 5.0, "grpo.dynamic_sampling": False},
+        "a colder policy": {"rollout.temperature": 0.8},
+        "a correction": {"rollout.correction": "sequence_mask"},
+        "recomputed activations": {"model.checkpointing": True},
+        "half-size rollouts": {"rollout.weights": "f16"},
+    }.values(),
+    ids=str,
+)
+def test_every_way_to_train_takes_steps(configure, fields):
+    run = run_grpo(configure(**{"grpo.steps": 2, **fields}), anyway=True, report=quiet)
+    records = [record for record in run.folder.records() if record["kind"] == "grpo"]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(record["gradient"] > 0 for record in records)
+
+
+def test_a_reply_that_was_cut_off_is_not_learned_from_where_that_is_wanted(configure):
+    run = open_run(configure(**{"grpo.truncated": "mask"}), resume=False)
+    assert run.step()["truncated"] == 1.0
+    assert all(not weights.grad.any() for weights in run.policy.parameters())
+    run.close()
+
+
+# What goes wrong
+
+
+class Forgetful(Rollouts):
+    """The bug: the engine is never told of a new adapter."""
+
+    def take(self, write) -> None:
+        pass
+
+
+def test_an_engine_with_an_old_adapter_is_noticed(configure):
+    run = open_run(configure(**{"optimizer.lr": 0.05}), resume=False)
+    run.step()
+    it = run.rollouts
+    run.rollouts = Forgetful(it.engine, it.template, it.weights, it.end_id, it.context, it.folder)
+    with pytest.raises(UserError, match="may have an old adapter"):
+        run.step()
+    run.close()
+
+
+def test_a_run_is_not_written_over_and_another_base_is_refused(configure, random_model, tmp_path):
+    config = configure(**{"grpo.steps": 2})
+    run_grpo(config, anyway=True, report=quiet)
+    with pytest.raises(UserError, match="holds a run already"):
+        run_grpo(config, anyway=True, report=quiet)
+    with pytest.raises(UserError, match="no run in"):
+        run_grpo(configure(out=str(tmp_path / "none")), resume=True, report=quiet)
+    random_model.write_model(tmp_path / "other.gguf", kv_heads=1, seed=3)
+    with pytest.raises(UserError, match=r"trained on toy\.gguf, and other\.gguf has other weights"):
+        run_grpo(configure(**{"grpo.steps": 3, "model.name": str(tmp_path / "other.gguf")}), resume=True, report=quiet)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(configure, monkeypatch):
+    run = run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
+    before = weights(run)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with torch.no_grad():
+        run.policy.parameters()[0].add_(1)
+    with pytest.raises(UserError, match="No space left"):
+        run.folder.save(3, run.policy, run.optimizer, {})
+    assert run.folder.restore(run.policy).step == 2
+    assert same(weights(run), before)
+    assert not [path for path in (run.folder.path / "checkpoints").iterdir() if "partial" in path.name]
+
+
+def test_groups_that_teach_nothing_are_asked_anew_and_end_the_run(configure, toy):
+    run = open_run(configure(**{"rewards": {f"{toy}/reward.py:nothing": 1.0}}), resume=False)
+    record = run.step()
+    assert record["replies"] == 4 * 2 * (1 + run.config.grpo.refills) and record["useful"] == 0
+    assert "loss" not in record and run.policy.change() == 0
+    run.close()
+    config = configure(**{"rewards": {f"{toy}/reward.py:nothing": 1.0}, "grpo.steps": 9})
+    with pytest.raises(UserError, match="no group taught anything for 5 steps"):
+        run_grpo(replace(config, out=config.out + "-2"), anyway=True, report=quiet)
+
+
+def test_a_hopeless_task_is_refused_before_any_step(configure, toy):
+    config = configure(**{"rewards": {f"{toy}/reward.py:nothing": 1.0}})
+    with pytest.raises(UserError, match="this will not learn"):
+        run_grpo(config, report=quiet)
+
+
+def test_a_probe_tells_what_there_is_to_learn(configure):
+    run = open_run(configure(), resume=False)
+    verdict = probe(run, quiet)
+    run.close()
+    assert verdict.useful > 0.5 and verdict.truncated > 0.5
+    assert verdict.hopeless and "cut off at 8 tokens" in verdict.words
+    assert verdict.update_s > 0 and "useful groups" in str(verdict)
+
+
+def test_a_prompt_that_does_not_fit_is_told(configure):
+    run = open_run(configure(**{"rollout.prompt_tokens": 4}), resume=False)
+    with pytest.raises(UserError, match="a prompt has"):
+        run.step()
+    run.close()
+
+
+def test_an_adapter_of_another_rank_cannot_be_gone_on_from(configure, tmp_path):
+    run_grpo(configure(**{"grpo.steps": 1}), anyway=True, report=quiet)
+    with pytest.raises(UserError, match="has rank 4"):
+        open_run(
+            configure(out=str(tmp_path / "b"), **{"lora.start": str(tmp_path / "run"), "lora.rank": 8}), resume=False
+        )
+
+
+def test_the_served_adapter_is_the_newest(configure, tmp_path):
+    run = run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
+    adapter = export.load_peft(tmp_path / "run" / "adapter")
+    saved = {f"{name}.{n}": it for name, pair in adapter.matrices.items() for n, it in enumerate(pair)}
+    assert same(saved, weights(run))
+    assert (tmp_path / "run" / "adapter.gguf").is_file()
+    assert not list((tmp_path / "run").glob("rollout-*"))
+    assert checkpoint.RunFolder(tmp_path / "run").records()[-1]["kind"] == "evaluation"
+
+
+def test_an_example_of_a_held_out_question_is_not_learned(configure, tmp_path):
+    held_out = [item.question for item in open_task(configure().task).held_out]
+    rows = [{"prompt": text, "response": "x"} for text in (held_out[0], "say something else")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    told: list[str] = []
+    done = run_sft(configure(**{"sft.epochs": 1}), tmp_path / "data.jsonl", told.append)
+    assert done.steps == 1 and any(words.startswith("left out: 1 of 2 examples, held out") for words in told)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a"}, "row 1 has no prompt and response"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "row 1: the last message"),
+        ({"messages": [{"content": "a"}]}, "row 1: a message has no role"),
+    ],
+)
+def test_an_example_without_a_reply_is_told_by_its_row(configure, tmp_path, row, words):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        run_sft(configure(), tmp_path / "data.jsonl", quiet)

@@ -1,0 +1,183 @@
+"""A run's folder: its configuration, its log, its completions, and checkpoints that are whole or not there.
+
+run1/config.toml            as it ran, every setting
+run1/log.jsonl              one object a step, and one for every evaluation
+run1/completions.jsonl      what was said, and what it got
+run1/checkpoints/000010/    adapter, optimizer, state: enough to go on as if nothing had happened
+run1/checkpoints/best/      the best by held-out accuracy
+run1/adapter/               the newest adapter in PEFT's format
+run1/adapter.gguf           and in llama.cpp's, for `stillhouse serve MODEL --lora run1`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..r1.errors import UserError
+from .config import RunConfig, dump_config
+from .export import Adapter, check_belongs_to, load_peft, replace_folder, save_gguf, save_peft
+from .policy import Policy
+
+_CONFIG, _LOG, _COMPLETIONS, _STATE = "config.toml", "log.jsonl", "completions.jsonl", "state.json"
+BEST = "best"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint brings back besides the weights."""
+
+    step: int
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, config: RunConfig, *, resume: bool) -> None:
+        """Make the folder, or find it again. Raises `UserError` rather than write over another run."""
+        told = self.path / _CONFIG
+        if not resume and (self.records() or self._numbered()):
+            raise UserError(f"{self.path} holds a run already", "go on with --resume, or choose another --out")
+        if resume and not told.exists():
+            raise UserError(f"there is no run in {self.path} to go on with", "leave --resume out")
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            told.write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(told, error) from None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Add a line to the log."""
+        self._append(_LOG, [record])
+
+    def keep(self, completions: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to the completions."""
+        self._append(_COMPLETIONS, completions)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return _lines(self.path / _LOG)
+
+    def completions(self) -> list[dict[str, Any]]:
+        """What was said so far."""
+        return _lines(self.path / _COMPLETIONS)
+
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        best: bool = False,
+    ) -> None:
+        """Write a checkpoint, and the adapter for serving; what is older than the newest `keep` goes.
+
+        Raises `UserError` where the disk is full; what was there stays whole.
+        """
+
+        def fill(partial: Path) -> None:
+            save_peft(adapter_of(policy), partial / "adapter")
+            torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+            told = json.dumps({"step": step, "state": state}, ensure_ascii=False)
+            (partial / _STATE).write_text(told, encoding="utf-8")
+
+        folder = self.path / "checkpoints"
+        replace_folder(folder / f"{step:06d}", fill)
+        if best:
+            replace_folder(folder / BEST, fill)
+        save_peft(adapter_of(policy), self.path / "adapter")
+        save_gguf(adapter_of(policy), self.path / "adapter.gguf")
+        for old in self._numbered()[: -max(1, keep)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore(
+        self, policy: Policy, optimizer: torch.optim.Optimizer | None = None, *, best: bool = False
+    ) -> Restored | None:
+        """Bring the newest checkpoint back, or the best; `None` where there is none yet. Raises `UserError`."""
+        numbered = self._numbered()
+        folder = self.path / "checkpoints" / BEST if best else numbered[-1] if numbered else None
+        if folder is None or not folder.exists():
+            return None
+        adapter = load_peft(folder / "adapter")
+        check_belongs_to(adapter, policy.base.fingerprint, policy.base.paths[0].name)
+        if (adapter.rank, adapter.alpha) != (policy.rank, policy.alpha):
+            raise UserError(f"{folder} has an adapter of rank {adapter.rank}, and the run asks for {policy.rank}")
+        policy.load_adapter(adapter.matrices)
+        try:
+            told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            if optimizer is not None:
+                optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            hint = "delete it to go on from the one before"
+            raise UserError(f"the checkpoint {folder} is damaged: {error}", hint) from None
+        return Restored(int(told["step"]), told["state"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop what log and completions say of later steps: they will be made again."""
+        for name in (_LOG, _COMPLETIONS):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in _lines(path) if line.get("step", 0) <= step]
+                partial = path.with_name(name + ".partial")
+                partial.write_text("".join(_line(it) for it in kept), encoding="utf-8")
+                os.replace(partial, path)
+
+    def _numbered(self) -> list[Path]:
+        return sorted(it for it in (self.path / "checkpoints").glob("[0-9]*") if it.name.isdigit())
+
+    def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, records))
+        except OSError as error:
+            raise _unwritable(self.path / name, error) from None
+
+
+def adapter_of(policy: Policy) -> Adapter:
+    """A policy's adapter, for saving."""
+    base = policy.base
+    return Adapter(policy.adapter(), policy.rank, policy.alpha, base.shape, base.paths[0].name, base.fingerprint)
+
+
+def start_from(policy: Policy, run: str) -> None:
+    """Take another run's adapter as the beginning. Raises `UserError` where it does not fit."""
+    adapter = load_peft(Path(run) / "adapter")
+    check_belongs_to(adapter, policy.base.fingerprint, policy.base.paths[0].name)
+    if (adapter.rank, adapter.alpha) != (policy.rank, policy.alpha):
+        raise UserError(
+            f"the adapter in {run} has rank {adapter.rank} and alpha {adapter.alpha:g}, and the run asks for "
+            f"{policy.rank} and {policy.alpha:g}",
+            "set lora.rank and lora.alpha to the same",
+        )
+    policy.load_adapter(adapter.matrices)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; one that was cut off by a crash is dropped."""
+    found = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror}", "make room; the run can be resumed with --resume")

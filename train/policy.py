@@ -1,0 +1,345 @@
+"""The model that learns: a frozen base, a small adapter beside every linear layer, log-probabilities of replies.
+
+The reference model is the same module with the adapter switched off. Replies to one prompt lie behind it in one row
+and share its keys and values, so a prompt is computed once however many replies it has. Logits are made for a few
+hundred tokens at a time and never kept. Knows nothing of rewards, texts or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .basemodel import BaseModel, linear_names
+
+_ATTENTION = "stillhouse_shared_prefix"
+_CHUNK = 256  # tokens whose logits exist at once
+_WIDEST_INITIAL = math.sqrt(5)  # PEFT's own start for A: uniform, 1/sqrt(in)
+
+
+@dataclass(slots=True)
+class Switch:
+    """Whether the adapter counts; shared by all its layers."""
+
+    on: bool = True
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and a low-rank change to it: x W' + scale x A' B'."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: Switch) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = alpha / rank
+        self.switch = switch
+        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen part; others ask it for its type and place."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """With the adapter switched off, the base layer and nothing else."""
+        y = self.base(x)
+        if not self.switch.on:
+            return y
+        change = functional.linear(functional.linear(x.to(self.a.dtype), self.a), self.b)
+        return y + (change * self.scale).to(y.dtype)
+
+
+@torch.no_grad()
+def share_changed(layer: LoraLinear) -> float:
+    """|scale B A| / |W| of one layer."""
+    # |B A|² = trace(A A' B' B): two small products instead of a whole matrix
+    square = ((layer.a @ layer.a.T) * (layer.b.T @ layer.b)).sum().clamp(min=0)
+    return float(square.sqrt() * layer.scale / layer.base.weight.float().norm())
+
+
+class Group(NamedTuple):
+    """One prompt and its replies, as token ids."""
+
+    prompt_ids: Sequence[int]
+    replies: Sequence[Sequence[int]]
+
+    @property
+    def tokens(self) -> int:
+        """That a forward pass has to read."""
+        return len(self.prompt_ids) + sum(len(reply) - 1 for reply in self.replies)
+
+
+class Scores(NamedTuple):
+    """Of every token of every reply; R replies, T tokens of the longest, 0 behind a reply's end."""
+
+    logp: Tensor  # (R, T), natural log, with gradient
+    entropy: Tensor  # (R, T), of the distribution the token was drawn from; without gradient
+    mask: Tensor  # (R, T), 1.0 where there is a token
+
+
+@dataclass(slots=True)
+class Policy:
+    """A base model with an adapter."""
+
+    base: BaseModel
+    rank: int
+    alpha: float
+    seed: int = 0
+    checkpointing: bool = False  # keep fewer activations and compute them again
+    switch: Switch = field(default_factory=Switch, init=False)
+    layers: dict[str, LoraLinear] = field(default_factory=dict, init=False)  # by their module's name in transformers
+
+    def __post_init__(self) -> None:
+        module: Any = self.base.module
+        _teach_attention()
+        module.set_attn_implementation(_ATTENTION)
+        generator = torch.Generator().manual_seed(self.seed)
+        for name in linear_names(self.base.shape):
+            parent, _, last = name.rpartition(".")
+            layer = LoraLinear(module.get_submodule(name), self.rank, self.alpha, self.switch)
+            bound = math.sqrt(6 / ((1 + _WIDEST_INITIAL**2) * layer.base.in_features))
+            with torch.no_grad():
+                layer.a.copy_(torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator))
+            setattr(module.get_submodule(parent), last, layer)
+            self.layers[name] = layer
+        if self.checkpointing:
+            module.activation_checkpointing_enable({"use_reentrant": False})
+        module.train(self.checkpointing)  # the models have no dropout; recomputing asks for this mode
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.layers.values())).a.device
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in a fixed order."""
+        return [weights for layer in self.layers.values() for weights in (layer.a, layer.b)]
+
+    def adapter(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (rank, in) and B (out, rank) of every layer; no copies."""
+        return {name: (layer.a.detach(), layer.b.detach()) for name, layer in self.layers.items()}
+
+    def load_adapter(self, adapter: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Take the weights of another adapter of the same rank and layers."""
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                a, b = adapter[name]
+                layer.a.copy_(a)
+                layer.b.copy_(b)
+
+    def change(self) -> float:
+        """How large the adapter is beside the weights it changes: the mean of |scale B A| / |W| over the layers."""
+        return sum(map(share_changed, self.layers.values())) / len(self.layers)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base model, without the adapter, for as long as this lasts."""
+        self.switch.on = False
+        try:
+            yield
+        finally:
+            self.switch.on = True
+
+    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> Scores:
+        """Log-probability and entropy of every token of every reply, in their order; one forward pass for all."""
+        packed = pack(groups, self.device)
+        model: Any = self.base.module
+        hidden = self.hidden(packed)
+        logp, entropy = log_probabilities(hidden, model.lm_head.weight, packed.targets, temperature=temperature)
+        return Scores(packed.spread(logp), packed.spread(entropy), packed.mask.to(logp.dtype))
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """What the last block leaves before each token that is scored: (M, D)."""
+        model: Any = self.base.module
+        states = model.model(
+            input_ids=packed.ids[None],
+            position_ids=packed.positions[None],
+            segments=packed.segments,
+            use_cache=False,
+        ).last_hidden_state[0]
+        return states[packed.rows]
+
+
+# Many replies in one row
+
+
+class Segment(NamedTuple):
+    """Where a prompt and its replies lie in the row."""
+
+    prompt: slice
+    replies: tuple[slice, ...]
+
+
+class Packed(NamedTuple):
+    """Groups in one row of N tokens; M tokens to be scored."""
+
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,), as if every reply followed its prompt alone
+    segments: tuple[Segment, ...]
+    rows: Tensor  # (M,), whose hidden state predicts the token
+    targets: Tensor  # (M,)
+    mask: Tensor  # (R, T), bool
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a scored token, (M,) -> (R, T), 0 behind a reply's end."""
+        at = self.mask.flatten().nonzero()[:, 0]
+        return values.new_zeros(self.mask.numel()).index_put((at,), values).view(self.mask.shape)
+
+
+def pack(groups: Sequence[Group], device: torch.device) -> Packed:
+    """Lay groups behind one another; a reply's last token is only predicted, never read."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
+    for prompt_ids, replies in groups:
+        start = len(ids)
+        ids += prompt_ids
+        positions += range(len(prompt_ids))
+        prompt, places = slice(start, len(ids)), []
+        for reply in replies:
+            here = len(ids)
+            ids += reply[:-1]
+            positions += range(len(prompt_ids), len(prompt_ids) + len(reply) - 1)
+            rows += [prompt.stop - 1, *range(here, len(ids))]
+            targets += reply
+            lengths.append(len(reply))
+            places.append(slice(here, len(ids)))
+        segments.append(Segment(prompt, tuple(places)))
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+    def integers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Packed(
+        integers(ids), integers(positions), tuple(segments), integers(rows), integers(targets), mask.to(device)
+    )
+
+
+def _teach_attention() -> None:
+    """Tell transformers of an attention in which replies see their prompt and themselves, and not one another."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _shared_prefix_attention)
+
+
+def _shared_prefix_attention(
+    module: Any,
+    query: Tensor,  # (1, heads, N, head)
+    key: Tensor,  # (1, kv heads, N, head)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    segments: tuple[Segment, ...] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, N, heads, head) out."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    whole = slice(0, query.shape[2])
+    parts: list[Tensor] = []
+    for prompt, replies in segments or (Segment(whole, ()),):
+        prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
+        parts.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling
+            )
+        )
+        before = prompt_key.shape[2]
+        for reply in replies:
+            length = reply.stop - reply.start
+            if not length:
+                continue
+            sees = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
+            parts.append(
+                functional.scaled_dot_product_attention(
+                    query[:, :, reply],
+                    torch.cat([prompt_key, key[:, :, reply]], 2),
+                    torch.cat([prompt_value, value[:, :, reply]], 2),
+                    attn_mask=sees,
+                    scale=scaling,
+                )
+            )
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+# Log-probabilities without the logits
+
+
+def log_probabilities(
+    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = _CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy at its place: (M, D), (V, D), (M,) -> (M,), (M,).
+
+    Logits are divided by the temperature. They exist for `chunk` rows at a time and are made again for the gradient,
+    which goes to `hidden` only; the entropy has none.
+    """
+    return _LogProbabilities.apply(hidden, head, targets, temperature, chunk)  # pyright: ignore[reportReturnType]
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        context: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logps, entropies, normalisers = [], [], []
+        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = _logits(rows, head, temperature)
+            normaliser = logits.logsumexp(-1)
+            logps.append(logits.gather(-1, wanted[:, None])[:, 0] - normaliser)
+            entropies.append(normaliser - (torch.softmax(logits, -1) * logits).sum(-1))
+            normalisers.append(normaliser)
+        logp, entropy, normaliser = torch.cat(logps), torch.cat(entropies), torch.cat(normalisers)
+        context.save_for_backward(hidden, head, targets, normaliser)
+        context.temperature, context.chunk = temperature, chunk
+        context.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, head, targets, normaliser = context.saved_tensors
+        parts = []
+        size = context.chunk
+        for rows, wanted, normal, weight in zip(
+            hidden.split(size), targets.split(size), normaliser.split(size), gradient.split(size), strict=True
+        ):
+            down = torch.exp(_logits(rows, head, context.temperature) - normal[:, None])
+            down = down.neg_().scatter_add_(1, wanted[:, None], torch.ones_like(normal)[:, None])
+            down = down * (weight / context.temperature)[:, None]
+            parts.append((down.to(head.dtype) @ head).to(hidden.dtype))
+        return torch.cat(parts), None, None, None, None
+
+
+def _logits(rows: Tensor, head: Tensor, temperature: float) -> Tensor:
+    logits = functional.linear(rows, head)
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def micro_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
+    """Indices of groups that go through the model together: as many as `budget` tokens hold, longest first.
+
+    A group that is larger goes alone.
+    """
+    order = sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index))
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for index in order:
+        place = next((n for n, room in enumerate(left) if room >= groups[index].tokens), None)
+        if place is None:
+            batches.append([])
+            left.append(budget)
+            place = len(left) - 1
+        batches[place].append(index)
+        left[place] -= groups[index].tokens
+    return batches
