@@ -270,7 +270,7 @@ def measure_peer(folder: Path, arguments: argparse.Namespace) -> list[tuple[str,
     with server([*us, *threads], ours, folder / "ours.log"), server(them, theirs, folder / "theirs.log"):
         command = [sys.executable, str(Path(__file__).with_name("serve.py")), ours, theirs]
         command += ["--name", "stillhouse,transformers", "--baseline", "transformers", "--streams", "4"]
-        command += ["--model", f"{folder},{folder}", "--requests", str(arguments.requests), "--json", str(result)]
+        command += ["--model", f"{folder.name},{folder}", "--requests", str(arguments.requests), "--json", str(result)]
         command += ["--rounds", str(arguments.rounds), "--max-tokens", str(arguments.tokens), "--prompt-tokens", "30"]
         command += ["--no-ignore-eos"]  # transformers refuses requests that say it; random weights hardly ever end
         subprocess.run(command, check=False)
@@ -298,6 +298,7 @@ def main() -> None:
         folder = Path(name)
         read = write_checkpoint(folder, SHAPES[arguments.shape])
         rows = measure_engine(folder, read, arguments)
+        print(*(f"{label}: {told}" for label, told in rows), sep="\n", file=sys.stderr, flush=True)
         if arguments.peer:
             rows += measure_peer(folder, arguments)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
