@@ -148,7 +148,7 @@ def upstream_completion_ask(model: UpstreamModel, body: CompletionRequest, max_t
     _refuse_logprobs(body_json)
     if body.echo and not isinstance(body.prompt, str):
         raise ApiError(400, "echo: a prompt of token ids is text to its upstream only; leave it out", param="echo")
-    asked = {key: value for key, value in body_json.items() if key not in ("echo", "stop")} | _STREAMED
+    asked = {key: value for key, value in body_json.items() if key != "echo"} | _STREAMED
     return UpstreamAsk(
         state="answering",
         rules=_passive_rules(body),
@@ -173,7 +173,7 @@ def _check(body: ChatRequest, said: Mapping[str, Any], *, can_cut: bool, is_form
         if said.get(name) not in (None, False):
             raise ApiError(400, f"{name}: can't be promised through an upstream: {why}", param=name)
     if body.messages[-1].role == "assistant":
-        words = "messages: can't be promised through an upstream: to go on with an assistant's message"
+        words = "messages: to go on with an assistant's message can't be promised through an upstream"
         raise ApiError(400, words, param="messages")
     for name in _BY_CUTTING:
         if not can_cut and said.get(name) not in (None, False, "allow"):
@@ -194,15 +194,9 @@ def _rules(body: ChatRequest, can_cut: bool) -> Rules:
 
 
 def _passive_rules(body: SamplingFields) -> Rules:
-    """Rules that leave everything to the upstream but how the thoughts are told, and a raw text's stop strings."""
-    is_chat = isinstance(body, ChatRequest)
-    return Rules(
-        reserve=0,
-        break_loops=False,
-        want_answer=False,
-        inline=isinstance(body, ChatRequest) and body.reasoning_format == "inline",
-        stops=() if is_chat else body.stops,
-    )
+    """Rules that leave everything to the upstream but how the thoughts are told."""
+    is_inline = isinstance(body, ChatRequest) and body.reasoning_format == "inline"
+    return Rules(reserve=0, break_loops=False, want_answer=False, inline=is_inline)
 
 
 def _refuse_logprobs(said: Mapping[str, Any]) -> None:
