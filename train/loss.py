@@ -9,6 +9,7 @@ and of the distribution that was sampled from. Knows nothing of models, texts or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -260,7 +261,7 @@ def _shaped(given: _Given) -> _Terms:
         if given.weights is not None:
             logs = torch.log(given.weights.clamp(min=_LEAST_WEIGHT)) * given.mask
             log_weight = log_weight + logs.sum(dim=1, keepdim=True)
-        log_weight = log_weight.clamp(torch.log(torch.tensor(_LEAST_WEIGHT, dtype=log_weight.dtype)), _SUM_LIMIT)
+        log_weight = log_weight.clamp(math.log(_LEAST_WEIGHT), _SUM_LIMIT)
         weight = torch.exp(log_weight)
         (power, decay), (power_bad, decay_bad) = given.settings.shape_positive, given.settings.shape_negative
         good = torch.exp(decay + power * log_weight - decay * weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,8 @@ def make_critic(run: Run) -> Critic:
     config, base = run.config, read_base(run.policy.base.paths, next(run.policy.base.module.parameters()).dtype)
     base.module.to(run.policy.device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed + 1, config.model.checkpointing)
-    width = run.policy.base.module.get_submodule("model.embed_tokens").weight.shape[1]
-    head = nn.Linear(int(width), 1).to(run.policy.device)
+    embedding: Any = run.policy.base.module.get_submodule("model.embed_tokens")
+    head = nn.Linear(embedding.weight.shape[1], 1).to(run.policy.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     weights = [*policy.parameters(), *head.parameters()]
@@ -78,6 +79,7 @@ class PpoLearner(Learner):
     """Learns from episodes with a critic in place of the group."""
 
     critic: Critic
+    compares: ClassVar[bool] = False
 
     def learn(self, episodes: list[Episode], step: int) -> Learned:
         """One update of policy and critic."""
