@@ -19,8 +19,8 @@ serve: $(VENV)/.demo  ## install what is needed, and serve the embedded small mo
 test: $(VENV)/.dev  ## install what is needed, and run the tests (make test MARK= runs the slow ones too)
 	@$(BIN)/python -m pytest -m "$(MARK)" $(ARGS)
 
-test-all:  ## the slow tests too: real models, whole servers
-	@$(MAKE) --no-print-directory test MARK=
+test-all: $(VENV)/.all  ## PyTorch, MLX and others' clients too, and the slow tests: real models, whole servers
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	@$(BIN)/ruff check .
@@ -49,6 +49,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@$(call install,.[demo$(comma)dev])
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.all: pyproject.toml | $(BIN)/python
+	@$(call install,.[demo$(comma)dev$(comma)torch$(comma)mlx$(comma)train$(comma)clients])
+	@touch $(VENV)/.demo $(VENV)/.dev $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

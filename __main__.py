@@ -12,7 +12,12 @@ from .r1.errors import UserError
 COMMANDS = {  # name -> (module, what it does)
     "serve": ("server.cli", "serve a model to OpenAI clients"),
     "chat": ("server.cli", "talk to a model in the terminal"),
+    "cluster": ("server.cluster_cli", "plan a cluster of Macs for a model"),
     "conformance": ("server.conformance.cli", "try how a server treats a model's thoughts, case by case"),
+    "quantize": ("quantize.cli", "turn a 16-bit checkpoint into 4-bit files, in one pass"),
+    "calibrate": ("quantize.cli", "let a model write its own calibration text"),
+    "measure": ("quantize.cli", "measure what a quantized file lost"),
+    "verify": ("quantize.cli", "check a quantized file: structure, tokenizer, template, errors"),
     "train": ("train.cli", "sharpen a model: supervised fine-tuning and reinforcement learning"),
     "pull": ("r1.cli", "download a model from the Hugging Face hub"),
     "list": ("r1.cli", "list the models on this disk"),
@@ -32,7 +37,7 @@ start:  stillhouse serve                      the embedded small model, on 127.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; the exit code: 0 well, 2 a mistake that the message tells, 130 stopped by Ctrl-C."""
+    """Run one sub-command; the exit code: 0 well, 2 or more for what the message tells, 130 stopped by Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `stillhouse list | head`

@@ -152,7 +152,11 @@ class LoadOptions:
     flash_attention: bool | None = None
     batch_tokens: int = 512  # a step decodes at most so many
     mmap: bool = True
-    loras: tuple[tuple[Path, float], ...] = ()  # adapter files (or a run's folders) and their scales
+    loras: tuple[tuple[Path, float], ...] = ()  # adapter files (or folders, or a run's) and their scales
+    backend: str = "auto"  # auto, llama.cpp, pytorch, mlx
+    dtype: str = "auto"  # what PyTorch computes in: auto, f32, bf16, f16
+    trust_remote_code: bool = False  # run Python files that come with a checkpoint
+    allow_pickle: bool = False  # load weights from files that can hold programs (PyTorch's .bin)
     steady: bool = False  # how prompts are cut does not depend on the machine's speed: the same bits every time
 
 
@@ -185,6 +189,10 @@ class Vocabulary(Protocol):
 
     @property
     def control(self) -> dict[str, int]: ...  # noqa: D102
+
+    def boundary_texts(self) -> tuple[str, str]:
+        """The begin- and end-of-sequence tokens as chat templates write them, "" where there is none."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens count as such; nothing is put in front."""

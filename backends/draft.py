@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,13 @@ from numpy.typing import NDArray
 from .base import FinishReason, GenerationRequest, PromptTooLong, Started, Token, Vocabulary, Wish
 from .sampling import likeliest
 from .text import TextDecoder
+
+
+class Told(NamedTuple):
+    """What a caller is told of the distribution that a token was drawn from."""
+
+    logprob: float | None = None  # of the token; None: nothing is told
+    top: tuple[tuple[int, float], ...] = ()  # (token id, natural log), likeliest first
 
 
 class Draft:
@@ -42,10 +50,13 @@ class Draft:
         """What the steer wants before the next token is drawn."""
         return self.request.steer.wish(logits) if self.request.steer else None
 
-    def take(self, token_id: int, logprobs: NDArray[np.float32] | None = None) -> Token | None:
+    def take(
+        self, token_id: int, logprobs: NDArray[np.float32] | None = None, *, told: Told | None = None
+    ) -> Token | None:
         """Add a token; `None` where the steer overrules the model's end: forget the token and draw again.
 
-        `logprobs`, (vocabulary,), are those it was drawn from, where the request wants to be told.
+        Where the request wants to be told: `logprobs`, (vocabulary,), are those it was drawn from; or `told` is what
+        is to be said of them, where they lie elsewhere.
         """
         text, finish = "", None
         if token_id in self._vocabulary.end_ids and not self.request.ignore_eos:
@@ -63,10 +74,9 @@ class Draft:
                 return None
             finish = decided or finish
         self.drawn += 1
-        if logprobs is None:
-            return self._token(token_id, text, finish, note)
-        top = likeliest(logprobs, self.request.top_logprobs or 0)
-        return self._token(token_id, text, finish, note, float(logprobs[token_id]), top)
+        if logprobs is not None:
+            told = Told(float(logprobs[token_id]), likeliest(logprobs, self.request.top_logprobs or 0))
+        return self._token(token_id, text, finish, note, *(told or Told()))
 
     def force(self, token_ids: Sequence[int]) -> list[Token]:
         """Add the tokens that a steer asked for, up to one that ends the reply or that the steer now overrules."""

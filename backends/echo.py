@@ -37,6 +37,10 @@ class EchoVocabulary:
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._names = {token_id: name.encode() for name, token_id in self.control.items()}
 
+    def boundary_texts(self) -> tuple[str, str]:
+        """The texts of the tokens that begin and end a sequence."""
+        return "<|begin|>", "<|end|>"
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`: control tokens where they stand, bytes for the rest."""
         ids: list[int] = []

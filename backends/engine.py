@@ -36,6 +36,13 @@ class Activity:
     steps: int = 0
     step_s: float = 0.0  # in all steps together
     last_step_at: float = field(default_factory=time.monotonic)
+    step_began_at: float | None = None  # `None` between two steps
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the step in progress has taken so far, in seconds; 0 between two."""
+        began_at = self.step_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
 
 class Engine:
@@ -123,11 +130,14 @@ class Engine:
         while self._take():
             try:
                 started = time.perf_counter()
+                self.activity.step_began_at = time.monotonic()
                 tokens = self.backend.step()
                 self.activity.step_s += time.perf_counter() - started
             except Exception as error:  # out of memory, say: the batch is lost, the engine is not
                 self._lose_all(error)
                 continue
+            finally:
+                self.activity.step_began_at = None
             self.activity.steps += 1
             self.activity.last_step_at = time.monotonic()
             self._deliver(tokens)

@@ -25,11 +25,12 @@ from ..r1.gguf import Header
 from .base import BackendFailed, Force, Forget, GenerationRequest, Load, LoadOptions, Only, Token
 from .draft import Draft
 from .kvcache import CachedSequence, common_prefix, token_array
-from .llamacpp_batch import Batch, Pace
+from .llamacpp_batch import Batch
 from .llamacpp_cache import LlamaCache
 from .llamacpp_load import fit, last_words, load_adapter, load_model, make_context, silence
 from .llamacpp_sampler import LlamaSampler
 from .llamacpp_vocabulary import LlamaVocabulary
+from .pace import Pace
 from .sampling import log_softmax, mask_to
 
 _RETAINED = 64  # sequences that a pooled cache keeps for their prefix, besides the running ones

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 import llama_cpp as C
 import numpy as np
 
 from .kvcache import CachedSequence
-
-_STEP_S = 1.0  # a step that reads a prompt takes about so long at most
-_LEAST_CHUNK = 32  # tokens: smaller ones read a prompt much slower
 
 
 class Known(Protocol):
@@ -75,20 +73,11 @@ class Batch:
         self.entries.append((reply, count))
         self.tokens = self.struct.n_tokens = end
 
-
-class Pace:
-    """How many prompt tokens a step may carry, so that replies beside it don't stall and a cancellation is not late."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._token_s = _STEP_S / min(most, 256)  # measured as soon as a prompt has been read
-
-    def chunk(self, *, replying: bool) -> int:
-        """Prompt tokens for the next step; a third as long where replies wait for it."""
-        step_s = _STEP_S / 3 if replying else _STEP_S
-        return max(_LEAST_CHUNK, min(self._most, int(step_s / self._token_s)))
-
-    def note(self, tokens: int, seconds: float) -> None:
-        """Learn from a step; those of a few tokens tell nothing, they are as slow as one of many."""
-        if tokens >= _LEAST_CHUNK:
-            self._token_s += 0.3 * (seconds / tokens - self._token_s)
+    def fill(self, ids: Sequence[int], *, position: int, wanted: bool) -> None:
+        """Take a piece of one text, the first sequence's, and nothing else; the logits of all of it or of none."""
+        self.clear()
+        self._ids[: len(ids)] = ids
+        self._positions[: len(ids)] = range(position, position + len(ids))
+        self._sequences[: len(ids)] = 0
+        self._wanted[: len(ids)] = wanted
+        self.tokens = self.struct.n_tokens = len(ids)

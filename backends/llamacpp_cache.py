@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import Any
 
 import llama_cpp as C
+import numpy as np
+from numpy.typing import NDArray
 
 from . import machine
 from .kvcache import CachedSequence, KVCache, common_prefix
 from .prefixstore import PrefixStore
 
+_BYTES = ctypes.POINTER(ctypes.c_uint8)
 _WORTH_RESTORING = 16  # tokens that the store has over the cache: copying back has its price
 _WORTH_STORING = 0.8  # of a sequence; more of it in another one, and it is not stored
 _DEAREST_COPY = 32  # a whole sequence is copied for a prefix; not if it is so many times as long
@@ -156,15 +158,15 @@ class LlamaCache:
         while self._cache.idle > self._idle_cells and self.make_room():
             pass
 
-    def _save(self, sequence: CachedSequence) -> Any:
+    def _save(self, sequence: CachedSequence) -> NDArray[np.uint8]:
         size = C.llama_state_seq_get_size(self._context, sequence.id)
-        data = (ctypes.c_uint8 * size)()
-        written = C.llama_state_seq_get_data(self._context, data, size, sequence.id)
-        return data if written == size else (ctypes.c_uint8 * 0)()
+        data = np.empty(size, np.uint8)
+        written = C.llama_state_seq_get_data(self._context, data.ctypes.data_as(_BYTES), size, sequence.id)
+        return data if written == size else data[:0]
 
-    def _restore(self, sequence: CachedSequence, tokens: array[int], data: Any, length: int) -> None:
+    def _restore(self, sequence: CachedSequence, tokens: array[int], data: NDArray[np.uint8], length: int) -> None:
         """Copy a stored sequence back. Where it does not fit, the sequence stays empty and is decoded."""
-        if len(data) and C.llama_state_seq_set_data(self._context, data, len(data), sequence.id):
+        if len(data) and C.llama_state_seq_set_data(self._context, data.ctypes.data_as(_BYTES), len(data), sequence.id):
             C.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
             sequence.tokens.extend(tokens[:length])
         else:

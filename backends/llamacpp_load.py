@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
 
 import llama_cpp as C
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import Header, kv_bytes_per_token
-from . import machine
+from . import machine, memory
 from .base import LoadOptions
 
 _KV_TYPES = {  # name -> (ggml type, bits a value)
@@ -28,54 +27,22 @@ _KV_TYPES = {  # name -> (ggml type, bits a value)
     "q4_0": (2, 4.5),
     "iq4_nl": (20, 4.5),
 }
-_MOST_DEFAULT_CONTEXT = 32_768  # DeepSeek's longest reply; a model's own 131,072 would cost gigabytes that few use
 _PADDING = 256
-_COMPUTE_RESERVE = 0.05  # of the weights, for activations and scratch buffers: an allowance, not a measurement
 
 
-class Fit(NamedTuple):
-    """The context and the KV cache that a model gets."""
-
-    context: int  # tokens a request may have
-    cache_tokens: int  # tokens of all requests together
-    partitioned: bool  # every place in the batch has a context of its own; else all share one pool
-
-
-def fit(header: Header, weights: int, options: LoadOptions) -> Fit:
+def fit(header: Header, weights: int, options: LoadOptions) -> memory.Fit:
     """Choose the context and the KV cache, or say why what was asked for cannot be had."""
-    trained = header.context_length or _MOST_DEFAULT_CONTEXT
-    if options.context and options.context > trained:
-        raise UserError(
-            f"--context {options.context} is more than the {trained} tokens this model was trained to read",
-            f"serve with --context {trained} or less",
-        )
     if options.kv_type not in _KV_TYPES:
         raise UserError(f"there is no KV cache type {options.kv_type!r}", f"choose one of {', '.join(_KV_TYPES)}")
     bits = _KV_TYPES[options.kv_type][1]
-    per_token = max(1, kv_bytes_per_token(header, bits, bits))
+    need = memory.Need(
+        weights,
+        kv_bytes_per_token(header, bits, bits),
+        header.context_length,
+        less="with --kv-type q8_0 (half as much)" if bits > 8.5 else "",
+    )
     # On a GPU the driver says what fits; the RAM is no measure of it.
-    free = 1 << 62 if _offloads(options) else machine.free_memory()
-    budget = int(free - weights * (1 + _COMPUTE_RESERVE))
-    if budget < 512 * per_token:
-        raise UserError(
-            f"the model needs {_gb(weights)} of memory and {_gb(free)} are free",
-            "close other programs, or choose a smaller model or quantization",
-        )
-    most = budget // per_token
-    asked = max(options.context or 0, options.cache_tokens or 0)
-    if asked > most:
-        raise UserError(
-            f"a KV cache for {asked} tokens needs {_gb(asked * per_token)} of memory and {_gb(budget)} are free beside "
-            "the weights",
-            f"serve with --{'context' if options.context == asked else 'cache-tokens'} {most // 256 * 256} or less"
-            + (", or with --kv-type q8_0 (half as much)" if bits > 8.5 else ""),
-        )
-    context = options.context or min(trained, _MOST_DEFAULT_CONTEXT)
-    while context > max(512, most):
-        context //= 2
-    shared = max(context, min(options.parallel * context, _MOST_DEFAULT_CONTEXT, most // 4))
-    cells = max(context, options.cache_tokens or shared)
-    return Fit(context, cells, partitioned=cells >= options.parallel * context)
+    return memory.fit(need, 1 << 62 if _offloads(options) else machine.free_memory(), options)
 
 
 def _offloads(options: LoadOptions) -> bool:
@@ -111,7 +78,7 @@ def load_adapter(model: C.llama_model_p, path: Path) -> C.llama_adapter_lora_p:
     return adapter
 
 
-def make_context(model: C.llama_model_p, options: LoadOptions, fitted: Fit, sequences: int) -> C.llama_context_p:
+def make_context(model: C.llama_model_p, options: LoadOptions, fitted: memory.Fit, sequences: int) -> C.llama_context_p:
     """Allocate the KV cache and the compute buffers. Raises `UserError`."""
     params = C.llama_context_default_params()
     # llama.cpp rounds a part up to 256; told beforehand, the parts are never smaller than a context.
@@ -134,10 +101,6 @@ def make_context(model: C.llama_model_p, options: LoadOptions, fitted: Fit, sequ
     return context
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
 # llama.cpp reports through a log callback only: keep what it complained about, print nothing.
 _complaints: deque[str] = deque(maxlen=8)
 
@@ -153,6 +116,18 @@ def silence() -> None:
     _complaints.clear()
     C.llama_log_set(_listen, ctypes.c_void_p(0))
     C.llama_backend_init()
+    _load_compute_libraries()
+
+
+def _load_compute_libraries() -> None:
+    """Where llama.cpp was built for every CPU, each kind has a library of its own: have ggml take the best."""
+    folder = Path(C.__file__).parent / "lib"
+    library = folder / "libggml.so.0"  # the one that libllama is linked to; `libggml.so` beside it is a copy
+    if library.is_file():
+        ggml = ctypes.CDLL(str(library))
+        ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+        if not ggml.ggml_backend_reg_count():
+            ggml.ggml_backend_load_all_from_path(str(folder).encode())
 
 
 def last_words() -> str:

@@ -2,7 +2,7 @@
 
 A chain costs by the candidate: over a whole vocabulary, its softmax and sorting take longer than all else that a token
 costs outside `llama_decode`. So the likeliest tokens are shortlisted first where that is as good: the likeliest of all
-for a temperature of 0, the nucleus for top-p (its mass to 1 in 10,000).
+for a temperature of 0, the nucleus for top-p.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -11,7 +11,6 @@ for a temperature of 0, the nucleus for top-p (its mass to 1 in 10,000).
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 
 import llama_cpp as C
@@ -23,7 +22,6 @@ from .llamacpp_vocabulary import LlamaVocabulary
 from .sampling import seed32
 
 Row = NDArray[np.float32]
-_LOST_MASS = 1e-4  # of all probability, at most, that is not looked at when a nucleus is measured
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run on across these
 
@@ -131,16 +129,16 @@ def shortlist(logits: Row, temperature: float, top_p: float) -> NDArray[np.intp]
     """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
     if temperature <= 0:
         return np.array([logits.argmax()])
-    best = logits.max()
-    ids = np.flatnonzero(logits >= best - np.float32(temperature * math.log(logits.size / _LOST_MASS)))
-    weights = np.exp((logits[ids] - best) * np.float32(1 / temperature))
+    weights = logits - logits.max()
+    if temperature != 1:
+        weights *= np.float32(1 / temperature)
+    np.exp(weights, out=weights)
     mass = top_p * weights.sum()
     for least in (1e-4, 0.0):  # sort as few as possible: those above mostly hold the mass
-        likely = np.flatnonzero(weights >= least)
-        chosen = weights[likely]
+        ids = np.flatnonzero(weights >= np.float32(least))
+        chosen = weights[ids]
         if chosen.sum() >= mass:
             break
-    ids = ids[likely]
     order = np.argsort(-chosen, kind="stable")
     count = int(np.searchsorted(np.cumsum(chosen[order]), mass)) + 1
     return ids[order[:count]]

@@ -6,11 +6,26 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import llama_cpp as C
 
+from ..r1.errors import BadModelFile
+from .llamacpp_load import last_words, silence
+
 _CONTROL = C.LLAMA_TOKEN_ATTR_CONTROL
 _USER_DEFINED = C.LLAMA_TOKEN_ATTR_USER_DEFINED
+
+
+def load_vocabulary(path: Path) -> LlamaVocabulary:
+    """The vocabulary of a file whose weights are not wanted. Raises `BadModelFile`."""
+    silence()
+    params = C.llama_model_default_params()
+    params.vocab_only = True
+    model = C.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise BadModelFile(f"llama.cpp cannot read the vocabulary of {path.name}: {last_words()}", "verify the file")
+    return LlamaVocabulary(model)
 
 
 class LlamaVocabulary:
@@ -34,8 +49,7 @@ class LlamaVocabulary:
 
     def boundary_texts(self) -> tuple[str, str]:
         """The begin- and end-of-sequence tokens as chat templates write them, "" where there is none."""
-        begin, end = C.llama_vocab_bos(self.handle), C.llama_vocab_eos(self.handle)
-        return tuple(self.piece(i).decode(errors="replace") if i >= 0 else "" for i in (begin, end))  # type: ignore[return-value]
+        return self._text(C.llama_vocab_bos(self.handle)), self._text(C.llama_vocab_eos(self.handle))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens count as such; nothing is put in front."""
@@ -59,6 +73,9 @@ class LlamaVocabulary:
                 length = C.llama_token_to_piece(self.handle, token_id, buffer, len(buffer), 0, True)
             known = self._pieces[token_id] = buffer.raw[:length]
         return known
+
+    def _text(self, token_id: int) -> str:
+        return self.piece(token_id).decode(errors="replace") if token_id >= 0 else ""
 
     def shown(self, token_id: int) -> bytes:
         """The bytes of one token as a reader sees them: none for a control token."""

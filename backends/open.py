@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
-from .base import Backend, LoadOptions
+from .base import Backend, LoadOptions, Vocabulary
+from .checkpoint import PICKLES, Checkpoint, read_checkpoint
+from .scorer import Scorer
+
+BACKENDS = ("llama.cpp", "pytorch", "mlx")
+_MODULES = {"llama.cpp": ("llama_cpp",), "pytorch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
+INSTALL = {
+    "llama.cpp": "pip install llama-cpp-python",
+    "pytorch": 'pip install "stillhouse[torch]"',
+    "mlx": 'pip install "stillhouse[mlx]"',
+}
+_QUANTIZERS = {  # transformers' name -> (module, package) that it needs
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "torchao": ("torchao", "torchao"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+}
 
 
 class Opened(NamedTuple):
@@ -18,18 +37,38 @@ class Opened(NamedTuple):
     chat_template: str | None
     begin_text: str  # the begin- and end-of-sequence tokens as templates write them
     end_text: str
+    reason: str = ""  # why this backend
+
+
+class Choice(NamedTuple):
+    """A backend, and why this one."""
+
+    backend: str
+    reason: str
 
 
 def open_backend(paths: Sequence[Path], options: LoadOptions) -> Opened:
     """Load a model. Raises `BadModelFile` or `UserError` in words that name the file and the way out."""
     if not paths:
         raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
-    if paths[0].suffix != ".gguf":
+    if paths[0].suffix.lower() == ".gguf":
+        choice = choose("gguf", options.backend)
+        if choice.backend == "pytorch":
+            for path in paths:
+                read_header(path)
+            return _open_pytorch(tuple(paths), options, choice)
+        return _open_llamacpp(tuple(paths), options, choice)
+    if paths[0].suffix != ".safetensors" and paths[0].suffix not in PICKLES:
         raise UserError(
-            f"{paths[0].name} is not a GGUF file, and no other format can be served yet",
-            "pull a GGUF of the model: stillhouse list --all",
+            f"{paths[0].name} is neither a GGUF file nor a checkpoint's weights",
+            "name a .gguf file, or a folder with config.json and safetensors",
         )
-    return _open_llamacpp(tuple(paths), options)
+    checkpoint = read_checkpoint(paths, options)
+    choice = choose(kind_of(checkpoint), options.backend)
+    if choice.backend == "pytorch":
+        _check_quantizer(checkpoint)
+        return _open_pytorch(checkpoint, options, choice)
+    return _open_mlx(checkpoint, options, choice)
 
 
 def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
@@ -39,7 +78,109 @@ def open_echo(parallel: int = 4, context: int | None = None) -> Opened:
     return Opened(Echo(parallel=parallel, context_length=context or 4096), None, "<|begin|>", "<|end|>")
 
 
-def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions) -> Opened:
+class Words(NamedTuple):
+    """How a model reads text."""
+
+    vocabulary: Vocabulary
+    chat_template: str | None
+    begin_text: str
+    end_text: str
+
+
+def open_vocabulary(paths: Sequence[Path]) -> Words:
+    """The vocabulary of a GGUF model without its weights; it stays in memory."""
+    header = read_header(paths[0])
+    from .llamacpp_vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(paths[0])
+    return Words(vocabulary, header.chat_template, *vocabulary.boundary_texts())
+
+
+def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) -> Scorer:
+    """Load a model to read texts of at most `context` tokens with: a GGUF file, or a checkpoint's safetensors."""
+    if not paths:
+        raise BadModelFile("there is no model file", "name a file, a catalogue entry or a hub repository")
+    if paths[0].suffix != ".safetensors":
+        for path in paths:
+            read_header(path)  # every byte count is checked before any C code reads the file
+        from .llamacpp_scorer import LlamaScorer
+
+        return LlamaScorer(tuple(paths), options, context=context)
+    try:
+        from .pytorch_scorer import TorchScorer
+    except ImportError as error:
+        raise UserError(f"PyTorch or transformers is not installed: {error}", INSTALL["pytorch"]) from None
+    return TorchScorer(paths[0].parent, options)
+
+
+def open_watched(path: Path, callback: Any, *, threads: int, context: int) -> Scorer:
+    """A GGUF model whose operations are shown to one of ggml's evaluation callbacks; in memory, not on a GPU."""
+    read_header(path)
+    from .llamacpp_scorer import LlamaScorer
+
+    options = LoadOptions(threads=threads, gpu_layers=0)
+    return LlamaScorer((path,), options, context=context, watch=callback)
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """What decides about the backend of a checkpoint: "16-bit", "pickle", "mlx", or how it is quantized."""
+    if checkpoint.weights[0].suffix in PICKLES:
+        return "pickle"
+    return checkpoint.quantization.method if checkpoint.quantization else "16-bit"
+
+
+def _is_installed(backend: str) -> bool:
+    return all(find_spec(module) for module in _MODULES[backend])
+
+
+def _is_apple_chip() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def choose(
+    kind: str,
+    asked: str = "auto",
+    *,
+    is_installed: Callable[[str], bool] = _is_installed,
+    is_apple_chip: Callable[[], bool] = _is_apple_chip,
+) -> Choice:
+    """The backend for a kind of file, by what was asked for, what is installed, and the machine. Raises `UserError`."""
+    apple = is_apple_chip()
+    able, reason = {
+        "gguf": (("llama.cpp", "pytorch"), "the file is a GGUF"),
+        "mlx": (("mlx",), "the weights are in MLX's own format"),
+        "pickle": (("pytorch",), "the weights are a pickle"),
+        "16-bit": (("mlx", "pytorch") if apple else ("pytorch", "mlx"), "it is a checkpoint folder"),
+    }.get(kind, (("pytorch",), f"the weights are quantized by {kind}"))
+    if kind == "16-bit" and apple:
+        reason += ", and this is an Apple chip"
+    if asked != "auto":
+        if asked not in able:
+            raise UserError(
+                f"{asked} cannot serve this: {reason}",
+                f"leave --backend out, or choose {' or '.join(able)}",
+            )
+        if not is_installed(asked):
+            raise UserError(f"{asked} is not installed", INSTALL[asked])
+        return Choice(asked, "asked for")
+    for backend in able:
+        if is_installed(backend):
+            missing = "" if backend == able[0] else f"; {able[0]} is not installed"
+            return Choice(backend, reason + missing)
+    raise UserError(f"{able[0]} is not installed, and {reason}", INSTALL[able[0]])
+
+
+def _check_quantizer(checkpoint: Checkpoint) -> None:
+    method = checkpoint.quantization.method if checkpoint.quantization else ""
+    module, package = _QUANTIZERS.get(method, ("", ""))
+    if module and find_spec(module) is None:
+        raise UserError(
+            f"{checkpoint.folder.name} is quantized by {method}, and {package} is not installed",
+            f"pip install {package}",
+        )
+
+
+def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions, choice: Choice) -> Opened:
     headers = [read_header(path) for path in paths]  # every byte count is checked before any C code reads the file
     header = headers[0]
     if not any(part.tensors for part in headers):
@@ -47,6 +188,27 @@ def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions) -> Opened:
     try:
         from .llamacpp import LlamaCpp
     except ImportError as error:
-        raise UserError(f"llama.cpp is not installed: {error}", "pip install llama-cpp-python") from None
+        raise UserError(f"llama.cpp cannot be loaded: {error}", INSTALL["llama.cpp"]) from None
     backend = LlamaCpp(paths, header, options)
-    return Opened(backend, header.chat_template, *(backend.vocabulary.boundary_texts()))
+    return Opened(backend, header.chat_template, *backend.vocabulary.boundary_texts(), choice.reason)
+
+
+def _open_mlx(checkpoint: Checkpoint, options: LoadOptions, choice: Choice) -> Opened:
+    try:
+        from .mlxlm import MlxLm
+    except ImportError as error:
+        raise UserError(f"MLX cannot be loaded: {error}", INSTALL["mlx"]) from None
+    from .hf_vocabulary import read_chat_template
+
+    backend = MlxLm(checkpoint, options)
+    template = read_chat_template(checkpoint.folder)
+    return Opened(backend, template, *backend.vocabulary.boundary_texts(), choice.reason)
+
+
+def _open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions, choice: Choice) -> Opened:
+    try:
+        from .pytorch_load import open_pytorch
+    except ImportError as error:
+        raise UserError(f"PyTorch cannot be loaded: {error}", INSTALL["pytorch"]) from None
+    backend, template = open_pytorch(source, options)
+    return Opened(backend, template, *backend.vocabulary.boundary_texts(), choice.reason)

@@ -7,6 +7,7 @@ here. Knows nothing of any runtime: what a sequence looks like is bytes to it.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,49 +18,66 @@ class Stored(NamedTuple):
     """One sequence: its tokens, and the bytes that bring it back."""
 
     tokens: array[int]
-    data: Any  # anything with a length in bytes
+    data: Any  # anything with a length in bytes (or another unit, the same as the store's limit)
 
 
 class PrefixStore:
-    """Sequences by their tokens, least recently used first, up to a number of bytes."""
+    """Sequences by their tokens, least recently used first, up to a number of bytes.
+
+    Their tokens' bytes are kept in order. What shares most with a prompt's start is then one of the prompt's two
+    neighbours, however many there are; and since no entry begins with another, so is what a new one begins with.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
-        self._entries: list[Stored] = []  # in order of last use
+        self._entries: dict[bytes, Stored] = {}  # by the bytes of their tokens, in order of last use
+        self._order: list[bytes] = []  # the keys of the entries, sorted
         self.size = 0  # bytes
 
     def put(self, tokens: array[int], save: Callable[[], Any]) -> None:
         """Keep a sequence, unless a stored one begins with it; `save` is only called if it is wanted."""
-        if any(common_prefix(entry.tokens, tokens) == len(tokens) for entry in self._entries):
+        key = tokens.tobytes()
+        before, after = self._neighbours(key)
+        if after is not None and after.startswith(key):
             return
-        for covered in [e for e in self._entries if common_prefix(e.tokens, tokens) == len(e.tokens)]:
-            self._drop(covered)
+        if before is not None and key.startswith(before):
+            self._drop(before)
         entry = Stored(tokens, save())
         if len(entry.data) > self._most:
             return
-        self._entries.append(entry)
+        self._entries[key] = entry
+        insort(self._order, key)
         self.size += len(entry.data)
-        while self.size > self._most:
-            self._drop(self._entries[0])
+        self.shrink(self._most)
+
+    def shrink(self, size: int) -> None:
+        """Forget the sequences that were used least recently, until the rest takes no more than `size`."""
+        while self.size > size:
+            self._drop(next(iter(self._entries)))
 
     def longest_prefix(self, prompt: array[int]) -> tuple[Stored | None, int]:
         """The stored sequence that shares the most tokens with the start of `prompt`, and how many."""
         best, length = None, 0
-        for entry in self._entries:
-            common = common_prefix(entry.tokens, prompt)
-            if common > length:
-                best, length = entry, common
+        for key in self._neighbours(prompt.tobytes()):
+            if key is not None and (common := common_prefix(self._entries[key].tokens, prompt)) > length:
+                best, length = self._entries[key], common
         return best, length
 
     def touch(self, entry: Stored) -> None:
         """Note that an entry was used."""
-        self._entries.remove(entry)
-        self._entries.append(entry)
+        key = entry.tokens.tobytes()
+        self._entries[key] = self._entries.pop(key)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries, self.size = [], 0
+        self._entries, self._order, self.size = {}, [], 0
 
-    def _drop(self, entry: Stored) -> None:
-        self._entries.remove(entry)
-        self.size -= len(entry.data)
+    def _neighbours(self, key: bytes) -> tuple[bytes | None, bytes | None]:
+        """The last key before this one, and the first that is not."""
+        place = bisect_left(self._order, key)
+        before = self._order[place - 1] if place else None
+        return before, self._order[place] if place < len(self._order) else None
+
+    def _drop(self, key: bytes) -> None:
+        self.size -= len(self._entries.pop(key).data)
+        del self._order[bisect_left(self._order, key)]

@@ -119,6 +119,8 @@ class Reply:
             self.token_times_s.append(now_s)
         if b'"usage":{' in line or b'"usage": {' in line:
             self._usage = line  # the last one counts; parsed at the end
+            # transformers serve sends no [DONE]; its last event is the only one that tells usage and reason together
+            self._is_done = self._is_done or b'"finish_reason":"' in line
         elif line[5:12].strip() == b"[DONE]":
             self._is_done = True
         elif b'"error":' in line[:20]:

@@ -15,6 +15,7 @@ from . import catalog
 from .cache import CachedModel, cache_folder, cached_models, remove, remove_unfinished, size_text, unfinished_bytes
 from .catalog import Choice
 from .errors import BadModelFile, ModelNotFound, UserError
+from .flags import Flags
 from .gguf import Header, has_token, kv_bytes_per_token, read_header
 from .hub import ModelFiles, resolve
 
@@ -52,7 +53,7 @@ def run(command: str, argv: list[str]) -> int:
         "rm": ("Delete a downloaded model.", _rm),
     }
     description, function = commands[command]
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog=f"stillhouse {command}",
         description=description,
         epilog=_EXAMPLES[command],

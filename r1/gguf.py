@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadModelFile
+from .gguf_damage import PULL_AGAIN, check_magic, check_version, cut_short, damaged, shown
+from .gguf_types import ARRAY, FILE_TYPES, GUESSED, NUMBERS, STRING, TENSOR_TYPES
+from .gguf_types import BOOL as BOOL
 
 DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 1 << 28  # a real one has 2 to 30 MB; more is an attack or a mistake
@@ -22,59 +25,6 @@ MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its final zero
 KEPT_STRINGS = 64  # longer arrays (a tokenizer's) are skipped, not read
 KEPT_NUMBERS = 1024
-PULL_AGAIN = "it was not downloaded completely: run `stillhouse pull` again, or copy the file again"
-
-# type number: (name, weights in a block, bytes of a block)
-TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
-
-# general.file_type: what the file's maker called the mix
-FILE_TYPES = {
-    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S"},
-    **{12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K"},
-    **{19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL"},
-    **{26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0"},
-    **{37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0"},
-}
-GUESSED = 1024  # a flag in general.file_type
-
-STRING, ARRAY, BOOL = 8, 9, 7
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 _u32, _u64 = struct.Struct("<I"), struct.Struct("<Q")
 _numbers = {kind: struct.Struct("<" + code) for kind, code in NUMBERS.items()}
@@ -152,7 +102,7 @@ class _Reader:
         """Step over `size` bytes that must be there; returns where they begin."""
         start, end = self.position, self.position + size
         if end > self.file_size:
-            raise _cut_short(self.path, self.file_size, start, size)
+            raise cut_short(self.path, self.file_size, start, size)
         if end > len(self.data):
             raise _MoreNeeded
         self.position = end
@@ -170,14 +120,12 @@ class _Reader:
     def text(self, what: str, limit: int | None = None) -> str:
         length = self.u64()
         if limit is not None and length > limit:
-            raise _damaged(
-                self.path, f"the {what} at byte {self.position:,} claims {length:,} bytes, more than {limit}"
-            )
+            raise damaged(self.path, f"the {what} at byte {self.position:,} claims {length:,} bytes, more than {limit}")
         start = self.take(length)
         try:
             return self.data[start : start + length].decode()
         except UnicodeDecodeError:
-            raise _damaged(self.path, f"the {what} at byte {start:,} is not UTF-8 text") from None
+            raise damaged(self.path, f"the {what} at byte {start:,} is not UTF-8 text") from None
 
     def skip_strings(self, count: int) -> None:
         """Jump over `count` strings; 300,000 take some 20 ms."""
@@ -201,12 +149,12 @@ def read_header(path: str | Path) -> Header:
                 file.seek(0)
                 # Plain reads, not mmap: a file that somebody shortens meanwhile would kill the process (SIGBUS).
                 data = file.read(min(limit, file_size))
-                _check_magic(path, data, file_size)
+                check_magic(path, data, file_size)
                 try:
                     return _parse(_Reader(path, data, file_size), file_size)
                 except _MoreNeeded:
                     if limit == MAX_HEADER_BYTES or len(data) < limit:
-                        raise _damaged(path, f"its header is longer than {len(data):,} bytes") from None
+                        raise damaged(path, f"its header is longer than {len(data):,} bytes") from None
                     limit *= 4
     except FileNotFoundError:
         raise BadModelFile(f"there is no file {path}", "check the path; `stillhouse list` shows what is here") from None
@@ -221,21 +169,21 @@ def _parse(reader: _Reader, file_size: int) -> Header:
     # 1. Version and counts. The smallest value takes 14 bytes, the smallest tensor 32.
     reader.position = 4
     version = reader.u32()
-    _check_version(path, version)
+    check_version(path, version)
     tensor_count, value_count = reader.u64(), reader.u64()
     if tensor_count * 32 + value_count * 14 > file_size:
-        raise _damaged(path, f"it claims {tensor_count:,} tensors and {value_count:,} values in {file_size:,} bytes")
+        raise damaged(path, f"it claims {tensor_count:,} tensors and {value_count:,} values in {file_size:,} bytes")
 
     # 2. Metadata.
     metadata: dict[str, Value] = {}
     for _ in range(value_count):
         key = reader.text("key", 65_535)
         if not key or key in metadata:
-            raise _damaged(path, f"the key `{_shown(key)}` is there twice" if key else "one of its keys is empty")
+            raise damaged(path, f"the key `{shown(key)}` is there twice" if key else "one of its keys is empty")
         metadata[key] = _value(reader, key, reader.u32())
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise _damaged(path, f"its alignment is {_shown(alignment)}, which is not a power of two")
+        raise damaged(path, f"its alignment is {shown(alignment)}, which is not a power of two")
 
     # 3. Tensors: ggml wants them one after another, each at a multiple of the alignment.
     tensors: list[TensorInfo] = []
@@ -244,10 +192,10 @@ def _parse(reader: _Reader, file_size: int) -> Header:
     for _ in range(tensor_count):
         tensor = _tensor(reader)
         if tensor.name in names:
-            raise _damaged(path, f"the tensor `{_shown(tensor.name)}` is there twice")
+            raise damaged(path, f"the tensor `{shown(tensor.name)}` is there twice")
         if tensor.offset != expected:
-            raise _damaged(
-                path, f"the tensor `{_shown(tensor.name)}` is at {tensor.offset:,}, where {expected:,} was expected"
+            raise damaged(
+                path, f"the tensor `{shown(tensor.name)}` is at {tensor.offset:,}, where {expected:,} was expected"
             )
         names.add(tensor.name)
         tensors.append(tensor)
@@ -262,22 +210,22 @@ def _parse(reader: _Reader, file_size: int) -> Header:
 
 def _value(reader: _Reader, key: str, kind: int) -> Value:
     if kind == STRING:
-        return reader.text(f"value of `{_shown(key)}`")
+        return reader.text(f"value of `{shown(key)}`")
     if kind in _numbers:
         return reader.number(_numbers[kind])
     if kind != ARRAY:
-        raise _damaged(reader.path, f"the value of `{_shown(key)}` has the unknown type {kind}")
+        raise damaged(reader.path, f"the value of `{shown(key)}` has the unknown type {kind}")
     item, length, start = reader.u32(), reader.u64(), reader.position
     if item == STRING:
         if length <= KEPT_STRINGS:
-            return tuple(reader.text(f"value of `{_shown(key)}`") for _ in range(length))
+            return tuple(reader.text(f"value of `{shown(key)}`") for _ in range(length))
         if length * 8 > reader.file_size - start:
-            raise _cut_short(reader.path, reader.file_size, start, length * 8)
+            raise cut_short(reader.path, reader.file_size, start, length * 8)
         reader.skip_strings(length)
         return Skipped(length, start, reader.position)
     if item not in _numbers:
         what = "an array of arrays" if item == ARRAY else f"an array of the unknown type {item}"
-        raise _damaged(reader.path, f"the value of `{_shown(key)}` is {what}, which llama.cpp does not read")
+        raise damaged(reader.path, f"the value of `{shown(key)}` is {what}, which llama.cpp does not read")
     reader.take(length * _numbers[item].size)
     if length <= KEPT_NUMBERS:
         return struct.unpack_from(f"<{length}{NUMBERS[item]}", reader.data, start)
@@ -286,23 +234,23 @@ def _value(reader: _Reader, key: str, kind: int) -> Value:
 
 def _tensor(reader: _Reader) -> TensorInfo:
     path, name = reader.path, reader.text("tensor name", MAX_NAME_BYTES)
-    shown = f"the tensor `{_shown(name)}`"
+    tensor = f"the tensor `{shown(name)}`"
     dimensions = reader.u32()
     if dimensions > MAX_DIMENSIONS:
-        raise _damaged(path, f"{shown} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+        raise damaged(path, f"{tensor} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
     shape = tuple(reader.u64() for _ in range(dimensions))
     kind, offset = reader.u32(), reader.u64()
     weights = math.prod(shape)
     if not 0 < weights < 2**63 or max(shape, default=1) >= 2**63:
-        raise _damaged(path, f"{shown} has the impossible shape {list(shape)}")
+        raise damaged(path, f"{tensor} has the impossible shape {list(shape)}")
     if kind not in TENSOR_TYPES:
         raise BadModelFile(
-            f"{path}: {shown} has the type {kind}, which this version does not know",
+            f"{path}: {tensor} has the type {kind}, which this version does not know",
             "a newer stillhouse may know it; a file in Q4_K_M or Q8_0 is safe",
         )
     type_name, block, block_bytes = TENSOR_TYPES[kind]
     if (shape[0] if shape else 1) % block:
-        raise _damaged(path, f"{shown} has rows of {shape[0] if shape else 1}, not a multiple of {type_name}'s {block}")
+        raise damaged(path, f"{tensor} has rows of {shape[0] if shape else 1}, not a multiple of {type_name}'s {block}")
     return TensorInfo(name, shape, type_name, offset, weights // block * block_bytes)
 
 
@@ -355,13 +303,13 @@ class _Facts:
     def text(self, key: str) -> str:
         value = self.metadata.get(key, "")
         if not isinstance(value, str):
-            raise _damaged(self.path, f"the value of `{key}` is not a text")
+            raise damaged(self.path, f"the value of `{key}` is not a text")
         return value
 
     def count(self, key: str, limit: int) -> int:
         value = self.metadata.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-            raise _damaged(self.path, f"the value of `{_shown(key)}` is {_shown(value)}, not a count up to {limit:,}")
+            raise damaged(self.path, f"the value of `{shown(key)}` is {shown(value)}, not a count up to {limit:,}")
         return value
 
     def per_block(self, key: str, blocks: int) -> tuple[int, ...]:
@@ -370,7 +318,7 @@ class _Facts:
             return (self.count(key, 2**20),) * blocks if value is not None else ()
         numbers = tuple(n for n in value if isinstance(n, int) and 0 <= n <= 2**20)
         if len(numbers) != len(value) or len(value) < blocks:
-            raise _damaged(self.path, f"the value of `{_shown(key)}` is not a count for each of {blocks} blocks")
+            raise damaged(self.path, f"the value of `{shown(key)}` is not a count for each of {blocks} blocks")
         return numbers[:blocks]
 
 
@@ -428,57 +376,6 @@ def split_files(path: str | Path, header: Header) -> tuple[Path, ...]:
     return parts
 
 
-def _check_magic(path: Path, data: bytes, file_size: int) -> None:
-    if file_size == 0:
-        raise BadModelFile(f"{path} is empty", PULL_AGAIN)
-    if data[:4] == b"GGUF":
-        return
-    raise BadModelFile(f"{path} is not a GGUF file; it seems to be {_looks_like(data, file_size)}", _what_to_do(data))
-
-
-def _looks_like(data: bytes, file_size: int) -> str:
-    text = data[:512].lstrip().lower()
-    if b"GGUF".startswith(data[:4]):
-        return "the first bytes of one"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page"
-    if data.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file it points to"
-    if data.startswith(b"PK\x03\x04"):
-        return "a zip archive (a PyTorch checkpoint?)"
-    if data[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return "a Python pickle (a PyTorch checkpoint?)"
-    if data[:4] in (b"lmgg", b"tjgg", b"fmgg", b"algg"):
-        return "an old GGML file, of before August 2023"
-    if len(data) > 8 and _u64.unpack_from(data)[0] < file_size and data[8:9] == b"{":
-        return "a safetensors file"
-    if data.startswith(b"\x1f\x8b"):
-        return "a gzip archive"
-    if not data[:4096].strip(b"\0"):
-        return "a file of zeros (an unfinished download)"
-    if text[:1] in (b"{", b"["):
-        return "JSON"
-    return "text" if text.isascii() and b"\0" not in text else "something else"
-
-
-def _what_to_do(data: bytes) -> str:
-    if data.startswith(b"version https://git-lfs"):
-        return "run `git lfs pull` in its folder, or `stillhouse pull` the model"
-    text = data[:512].lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html")):
-        return "on the hub, the download link of a file has `/resolve/` in it where its page has `/blob/`"
-    return "name a .gguf file; `stillhouse list` shows what is here"
-
-
-def _check_version(path: Path, version: int) -> None:
-    if version in (2, 3):
-        return
-    if version & 0xFFFF == 0:
-        raise BadModelFile(f"{path} is a big-endian GGUF file", "download the little-endian one")
-    hint = "convert the model again" if version < 2 else "a newer stillhouse may read it"
-    raise BadModelFile(f"{path} is GGUF version {version}; this reads versions 2 and 3", hint)
-
-
 def _commonest_type(tensors: tuple[TensorInfo, ...]) -> str:
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -488,20 +385,3 @@ def _commonest_type(tensors: tuple[TensorInfo, ...]) -> str:
 
 def _aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
-
-
-def _shown(value: object) -> str:
-    """A value from a hostile file, short and without control characters."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value)[:60])
-    return text + ("…" if len(str(value)) > 60 else "")
-
-
-def _damaged(path: Path, what: str) -> BadModelFile:
-    return BadModelFile(f"{path} is damaged: {what}", "download it again, and from a source you trust")
-
-
-def _cut_short(path: Path, file_size: int, start: int, size: int) -> BadModelFile:
-    return BadModelFile(
-        f"{path} is cut short or damaged: at byte {start:,} its header wants {size:,} more, of {file_size:,} in all",
-        PULL_AGAIN,
-    )

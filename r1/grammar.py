@@ -1,7 +1,7 @@
 """Answers of a given form: a JSON schema, a regular expression, a list of choices or a grammar -> token masks.
 
 llguidance does the parsing and knows the tokens as bytes; this file gives it the vocabulary, bounds what a stranger's
-schema may cost, remembers what was compiled, and says in one sentence what cannot be had. It knows nothing of thoughts
+form may cost, and remembers what was compiled; `json_schema.py` prepares schemas for it. It knows nothing of thoughts
 (`thinking.py` asks for a mask where an answer is due), of JSON requests, or of any runtime.
 
 No control token is ever part of a form's text: the vocabulary tells llguidance which ones they are, and they are cut
@@ -22,26 +22,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError
+from .errors import BadForm
+from .json_schema import complaint, part_of, read_schema, schema_grammar, shortest_text
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]  # a grammar is Lark's notation or GBNF
 Bits = NDArray[np.uint32]
 
 ANY_OBJECT = '{"type": "object"}'
 _LONGEST = 131_072  # characters of a form
-_DEEPEST = 64  # levels of a schema; `$ref` may go round, it is no level
 _REMEMBERED = 64  # compiled forms
-_WHITE_SPACE = r"( |\n[ \t]{0,20})?"  # between two pieces of JSON; without a bound small models indent for ever
-_COMBINED = ("allOf", "anyOf", "oneOf", "$ref")
-_ANNOTATIONS = {"password", "path", "file-path", "directory-path", "binary", "byte"}  # formats that say nothing of text
-
-
-class BadForm(UserError):
-    """A form that cannot be kept; `part` is where in a schema, as keys joined by dots."""
-
-    def __init__(self, message: str, part: str = "") -> None:
-        super().__init__(message)
-        self.part = part
 
 
 class Vocabulary(Protocol):
@@ -103,10 +92,10 @@ class Grammars:
                 source = llguidance.grammar_from("grammar" if kind == "grammar" else "lark", text)
             matcher = llguidance.LLMatcher(self._tokens.llguidance, source, log_level=0, limits=_limits())
         except ValueError as error:
-            raise BadForm(_first_line(str(error))) from None
+            raise BadForm(complaint(str(error))) from None
         if matcher.is_error():
             words = matcher.get_error()
-            raise BadForm(_first_line(words), part_of(schema, words) if kind == "json_schema" else "")
+            raise BadForm(complaint(words), part_of(schema, words) if kind == "json_schema" else "")
         allowed = self._tokens.bits(but=self._tokens.special - marks - self._vocabulary.end_ids)
         names = {token_id: self._vocabulary.piece(token_id).decode(errors="replace") for token_id in marks}
         form = Form(matcher, self._tokens, allowed, names, self._least_tokens(kind, text, shortest))
@@ -281,165 +270,6 @@ class _Wrapped:
         return self.encode(text)
 
 
-# Schemas
-
-
-def schema_grammar(schema: Any) -> str:
-    """A JSON schema as llguidance's grammar, for a form of its own or inside another. Raises `BadForm`."""
-    import llguidance
-
-    options: Any = {"whitespace_pattern": _WHITE_SPACE}
-    try:
-        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-    except ValueError as error:
-        raise BadForm(_first_line(str(error))) from None
-
-
-def read_schema(text: str) -> dict[str, Any]:
-    """A schema as it is compiled: an object, not too deep, without what says nothing of the text. Raises `BadForm`.
-
-    An object that lists its properties and says nothing of others gets no others: all that it may have is still valid,
-    and a small model does not go on inventing fields.
-    """
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadForm("it is not valid JSON, or too deep") from None
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise BadForm('a schema is an object, such as {"type": "object"}')
-    return _plain(schema, (), '"allOf"' not in text)
-
-
-def _plain(schema: Any, path: tuple[str, ...], close: bool) -> Any:
-    """A schema without formats that are only annotations, its objects closed; its depth is checked on the way."""
-    if len(path) > _DEEPEST:
-        raise BadForm(f"it is more than {_DEEPEST} levels deep", ".".join(path[:4]))
-    if isinstance(schema, list):
-        return [_plain(item, (*path, str(i)), close) for i, item in enumerate(schema)]
-    if not isinstance(schema, dict):
-        return schema
-    if path[-1:] and path[-1] in ("const", "enum", "default", "examples") and path[-2:-1] != ("properties",):
-        return schema
-    if isinstance(schema.get("format"), str) and schema["format"] in _ANNOTATIONS:
-        schema = {key: value for key, value in schema.items() if key != "format"}
-    lists = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
-    combined = any(key in schema for key in _COMBINED)
-    plain = {key: _plain(value, (*path, key), close and not (lists and combined)) for key, value in schema.items()}
-    if close and lists and not combined and _names_all(schema):
-        plain.setdefault("additionalProperties", False)
-    return plain
-
-
-def _names_all(schema: dict[str, Any]) -> bool:
-    """Whether the properties that an object lists are enough for all else that it says."""
-    names, required = schema["properties"], schema.get("required", [])
-    enough = isinstance(required, list) and all(name in names for name in required if isinstance(name, str))
-    return enough and _count(schema, "minProperties") <= len(names) and "patternProperties" not in schema
-
-
-def part_of(schema: Any, words: str) -> str:
-    """Where in a schema llguidance's complaint comes from, as keys joined by dots, as far as its words tell; else "".
-
-    >>> part_of({"properties": {"a": {"not": {}}}}, 'Unimplemented keys: ["not"]')
-    'properties.a.not'
-    """
-    named = set(re.findall(r"[$\w-]+", words))
-    places = [(path, value) for path, value in _walk(schema, ()) if path[-2:-1] not in (("properties",), ("$defs",))]
-    for path, value in places:
-        if (
-            isinstance(value, str)
-            and value
-            and (value in named or (path[-1] in ("pattern", "$ref") and value in words))
-        ):
-            return ".".join(path)
-    return next((".".join(path) for path, _ in places if path[-1] in named), "")
-
-
-def _walk(schema: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
-    for key, value in items:
-        yield (*path, str(key)), value
-        yield from _walk(value, (*path, str(key)))
-
-
-def inner_schema(text: str) -> str:
-    """A schema as part of a grammar: a line of JSON that says itself how it wants its white space. Raises `BadForm`."""
-    return json.dumps(read_schema(text) | {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}}, ensure_ascii=False)
-
-
-def shortest_text(schema: str) -> str:
-    """About the shortest text that a schema allows."""
-    return _Shortest(json.loads(schema)).text
-
-
-class _Shortest:
-    """About the shortest text that a schema allows: for knowing how much room an answer needs, so nearly is enough."""
-
-    def __init__(self, schema: Any) -> None:
-        self._root = schema
-        self._left = 5_000  # schemas to look at: references may go round, and alternatives multiply
-        self.text = self._of(schema, 0)
-
-    def _of(self, schema: Any, depth: int) -> str:
-        self._left -= 1
-        if not isinstance(schema, dict) or depth > 24 or self._left < 0:
-            return "0"
-        if "const" in schema:
-            return _dumped(schema["const"])
-        if isinstance(schema.get("enum"), list) and schema["enum"]:
-            return min(map(_dumped, schema["enum"]), key=len)
-        if isinstance(schema.get("$ref"), str):
-            return self._of(self._referred(schema["$ref"]), depth + 1)
-        for key in ("anyOf", "oneOf"):
-            if isinstance(schema.get(key), list) and schema[key]:
-                return min((self._of(member, depth + 1) for member in schema[key]), key=len)
-        if isinstance(schema.get("allOf"), list) and schema["allOf"]:
-            return max((self._of(member, depth + 1) for member in schema["allOf"]), key=len)
-        return self._typed(schema, depth)
-
-    def _typed(self, schema: dict[str, Any], depth: int) -> str:
-        kinds = schema.get("type") or ("object" if "properties" in schema else "integer")
-        match min(kinds, key=len, default="null") if isinstance(kinds, list) else kinds:
-            case "object":
-                properties, required = schema.get("properties"), schema.get("required")
-                known = properties if isinstance(properties, dict) else {}
-                names = required if isinstance(required, list) else []
-                fields = (f"{_dumped(name)}: {self._of(known.get(str(name), {}), depth + 1)}" for name in names)
-                return "{" + ", ".join(fields) + "}"
-            case "array":
-                prefix = schema.get("prefixItems")
-                first = prefix if isinstance(prefix, list) else []
-                count = min(_count(schema, "minItems"), 5_000)
-                items = [*first[:count], *[schema.get("items")] * (count - len(first))]
-                return "[" + ", ".join(self._of(item, depth + 1) for item in items) + "]"
-            case "string":
-                usual = {"date-time": 20, "date": 10, "time": 9, "uuid": 36, "email": 10, "uri": 12, "ipv6": 12}
-                length = max(_count(schema, "minLength"), usual.get(str(schema.get("format")), 0))
-                return '"' + "x" * min(length or (8 if "pattern" in schema else 0), 20_000) + '"'
-            case "boolean":
-                return "true"
-            case "null":
-                return "null"
-            case _:
-                return str(schema.get("minimum", 0))
-
-    def _referred(self, reference: str) -> Any:
-        found = self._root
-        for key in reference.removeprefix("#").split("/")[1:]:
-            found = found.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
-        return found
-
-
-def _dumped(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _count(schema: dict[str, Any], key: str) -> int:
-    return schema[key] if isinstance(schema.get(key), int) else 0
-
-
 def _limits() -> Any:
     """What one form may cost: some tens of milliseconds to compile, a few at most for a mask, some megabytes."""
     import llguidance
@@ -453,15 +283,3 @@ def _limits() -> Any:
         max_grammar_size=200_000,
         verbose_errors=False,
     )
-
-
-def _first_line(words: str) -> str:
-    """A complaint of llguidance's, short: a regular expression's has the reason in its last line."""
-    if unknown := re.match(r"Unimplemented keys: \[(.*)\]", words):
-        return f"{unknown[1]} can't be kept while the text is written; leave it out"
-    if words.startswith("oneOf"):
-        return "a text may match several members of oneOf, which can't be told while it is written; say anyOf"
-    lines = [line.strip() for line in words.strip().splitlines() if line.strip(" ^\n")]
-    if not lines:
-        return "it can't be compiled"
-    return f"{lines[0]} {lines[-1]}" if len(lines) > 1 else lines[0]

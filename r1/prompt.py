@@ -14,12 +14,13 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 from .errors import BadPrompt
 from .messages import Message, ToolCall
+from .template import Template
+from .tool_formats import calls_in
 
 OPEN, CLOSE = "<think>", "</think>"
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for internal use
@@ -74,18 +75,13 @@ class ChatTemplate:
         self._control = re.compile("(?=(" + "|".join(map(re.escape, names)) + "))")
 
     @cached_property
-    def _template(self) -> Any:
+    def _template(self) -> Template:
         if self.source is None:
             raise BadPrompt(
                 "this model file carries no chat template",
                 "use /v1/completions with a prompt of your own, or serve with --chat-template FILE",
             )
-        try:
-            return _environment().from_string(self.source)
-        except Exception as error:  # a syntax error, or nested deeper than Python's compiler goes
-            raise BadPrompt(
-                f"the model's chat template is broken: {error}", "serve with --chat-template FILE"
-            ) from None
+        return Template(self.source)
 
     def render(
         self,
@@ -120,8 +116,6 @@ class ChatTemplate:
     def _render(
         self, turns: list[dict[str, Any]], thinking: bool, reply_follows: bool, variables: Mapping[str, Any]
     ) -> str:
-        import jinja2
-
         names = {
             **variables,  # first: none of them may stand in for what follows
             "messages": turns,
@@ -130,12 +124,7 @@ class ChatTemplate:
             "bos_token": self._bos,
             "eos_token": self._eos,
         }
-        try:
-            return self._template.render(names)
-        except jinja2.TemplateError as error:
-            raise BadPrompt(f"the model's chat template refuses this conversation: {error}") from None
-        except Exception as error:  # foreign code: it may divide by zero or call itself for ever
-            raise BadPrompt(f"the model's chat template cannot render this conversation: {error}") from None
+        return self._template.render(names)
 
     def _begin_reply(self, text: str, thinking: bool, resumed: Message | None, mark: str) -> str:
         """Open or close the thoughts at the end of a prompt, and put what there already is of the reply after it."""
@@ -169,21 +158,12 @@ class ChatTemplate:
             turn["tool_call_id"] = self._defuse(message.call_id, mark)
         if message.calls:
             turn["tool_calls"] = [self._call(call, mark) for call in message.calls]
-            turn["content"] = content or self._no_content
+            turn["content"] = content or calls_in(self.source).no_content
         return turn
 
-    @property
-    def _no_content(self) -> str | None:
-        """What a turn has that is nothing but calls; DeepSeek's templates know it by that."""
-        return None if self._calls_as_text else ""
-
-    @property
-    def _calls_as_text(self) -> bool:
-        return "<｜tool▁calls▁begin｜>" in (self.source or "")
-
     def _call(self, call: ToolCall, mark: str) -> dict[str, Any]:
-        """A call as templates want it: the arguments as an object to be written down, or for DeepSeek's as text."""
-        arguments: Any = call.arguments if self._calls_as_text else json.loads(call.arguments)
+        """A call as the template wants it: the arguments as an object to be written down, or as text."""
+        arguments: Any = call.arguments if calls_in(self.source).text_arguments else json.loads(call.arguments)
         function = {"name": call.name, "arguments": arguments}
         return self._defuse_all({"id": call.id, "type": "function", "function": function}, mark)
 
@@ -258,35 +238,3 @@ def _before_thoughts(text: str) -> str:
     if tail.endswith(CLOSE):
         tail = tail.removesuffix(CLOSE).rstrip()
     return tail.removesuffix(OPEN) if tail.endswith(OPEN) else text
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up, so that templates written for it mean the same here; sandboxed."""
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the model wrote, for training; to us it is only text."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own convention
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

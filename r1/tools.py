@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .errors import UserError
-from .grammar import BadForm, Form, Grammars, inner_schema, shortest_text
+from .errors import BadForm, UserError
+from .grammar import Form, Grammars
+from .json_schema import inner_schema, shortest_text
 from .messages import CallDelta, Message, ToolCall
 from .split import overlap
+from .tool_formats import Format
 
-_MOST_CALLS = 16  # in one reply
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -35,10 +36,12 @@ class Tool:
     @property
     def json(self) -> dict[str, Any]:
         """As OpenAI's clients send it, and as chat templates expect it."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description:
-            function["description"] = self.description
-        return {"type": "function", "function": function | {"parameters": dict(self.parameters or _NO_PARAMETERS)}}
+        description = self.description or ""  # Hermes' template adds it to a text, and fails where there is none
+        parameters = dict(self.parameters or _NO_PARAMETERS)
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": description, "parameters": parameters},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,71 +60,6 @@ class BadTool(UserError):
         super().__init__(message)
         self.index = index
         self.part = part
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How calls are written: `opening` call (`between` call)* `closing`, and what a call is made of."""
-
-    name: Literal["prompted", "hermes", "llama3", "deepseek", "deepseek3.1"]
-    before_name: str
-    before_arguments: str
-    after: str
-    opening: str = ""
-    between: str = "\n"
-    closing: str = ""
-    trigger: str = ""  # with this a text turns into calls; "" = only at its very start
-    most: int = _MOST_CALLS
-
-    def call(self, name: str, arguments: str) -> str:
-        """One call as text."""
-        return f"{self.before_name}{name}{self.before_arguments}{arguments}{self.after}"
-
-    def calls(self, calls: Sequence[ToolCall]) -> str:
-        """All the calls of a reply as text."""
-        return self.opening + self.between.join(self.call(c.name, c.arguments) for c in calls) + self.closing
-
-
-_HERMES = Format(
-    "hermes",
-    before_name='<tool_call>\n{"name": "',
-    before_arguments='", "arguments": ',
-    after="}\n</tool_call>",
-    trigger="<tool_call>",
-)
-_PROMPTED = replace(_HERMES, name="prompted")
-_LLAMA3 = Format("llama3", before_name='{"name": "', before_arguments='", "parameters": ', after="}", most=1)
-_DEEPSEEK = Format(
-    "deepseek",
-    opening="<｜tool▁calls▁begin｜>",
-    before_name="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
-    before_arguments="\n```json\n",
-    after="\n```<｜tool▁call▁end｜>",
-    closing="<｜tool▁calls▁end｜>",
-    trigger="<｜tool▁calls▁begin｜>",
-)
-_DEEPSEEK31 = replace(
-    _DEEPSEEK,
-    name="deepseek3.1",
-    before_name="<｜tool▁call▁begin｜>",
-    before_arguments="<｜tool▁sep｜>",
-    after="<｜tool▁call▁end｜>",
-    between="",
-)
-
-
-def format_of(template: str | None) -> Format:
-    """The format that a chat template was written for; `prompted` where it has no tools, or in a way of its own."""
-    template = template or ""
-    if not re.search(r"\btools\b", template) or "<function=" in template:
-        return _PROMPTED
-    if "<｜tool▁calls▁begin｜>" in template:
-        return _DEEPSEEK if "```json" in template else _DEEPSEEK31
-    if "<tool_call>" in template:
-        return _HERMES
-    if '"parameters": ' in template and "<|start_header_id|>" in template:
-        return _LLAMA3
-    return _PROMPTED
 
 
 # Into the prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -24,13 +24,16 @@ from .metrics import Metrics
 from .model import ServedModel
 from .page import add_page
 from .reply import Ask, Replies
-from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, SamplingFields, TokenizeRequest
 from .settings import Settings
 from .stream import EventStream, unless_gone
+from .upstream_model import AnyModel, UpstreamModel
 
 log = logging.getLogger("stillhouse")
 Body = TypeVar("Body", bound=BaseModel)
+Asked = TypeVar("Asked", bound=SamplingFields)
 _BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+HANGS_S = 300.0  # a step that takes longer will never end
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -42,10 +45,10 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.live: dict[str, Replies] = {}  # the requests in flight, by their id
-        self._model: ServedModel | None = None
+        self._model: AnyModel | None = None
 
     @property
-    def model(self) -> ServedModel:
+    def model(self) -> AnyModel:
         """The model. Raises 503 while it is loading or the server is stopping."""
         if self.draining:
             raise ApiError(503, "the server is stopping", code="shutting_down", headers={"Retry-After": "5"})
@@ -56,12 +59,28 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now."""
-        return self._model is not None and not self.draining
+        if self._model is None or self.draining:
+            return False
+        return bool(self._model.engine.up) if isinstance(self._model, UpstreamModel) else True
 
-    def ready(self, model: ServedModel) -> None:
+    @property
+    def is_loading(self) -> bool:
+        """Whether there is no model yet."""
+        return self._model is None
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the engine has been at the step that it is at now, in seconds."""
+        return self._model.engine.activity.stuck_s if isinstance(self._model, ServedModel) else 0.0
+
+    def ready(self, model: AnyModel) -> None:
         """Take requests from now on."""
         self._model = model
-        self.metrics.serve(model.name, model.engine)
+        if isinstance(model, UpstreamModel):
+            self.metrics.serve_upstreams(model.name, model.engine)
+            model.engine.watch_over()
+        else:
+            self.metrics.serve(model.name, model.engine)
 
     def close(self) -> None:
         """End what is in progress and give the model back."""
@@ -121,12 +140,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatRequest)
-        model = service.model
-        service.check_room()
-        ask = await asyncio.to_thread(chat.chat_ask, model, body)
-        if not body.stream:
-            return await _whole(request, service, ask, lambda replies: chat.chat_whole(model, body, replies))
-        return _streamed(service, ask, lambda replies: chat.chat_events(model, body, replies))
+        return await _generated(request, service, body, chat.chat_ask, chat.chat_whole, chat.chat_events)
 
     @app.post("/v1/chat/completions/{reply_id}/end_thinking")
     async def end_thinking(reply_id: str) -> dict[str, Any]:
@@ -134,6 +148,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if replies is None:
             words = f"no reply with the id {reply_id[:100]!r} is in progress"
             raise ApiError(404, words, code="reply_not_found", param="id")
+        if not replies.can_end_thinking:
+            words = "through this upstream the thoughts of this reply can't be ended: it could not be gone on with"
+            raise ApiError(400, words, code="not_steerable", param="id")
         if not replies.end_thinking():
             words = f"the reply {reply_id[:100]!r} has ended its thoughts already"
             raise ApiError(409, words, code="not_thinking", param="id")
@@ -142,14 +159,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def text_completions(request: Request) -> Response:
         body = await _read(request, CompletionRequest)
-        model = service.model
-        service.check_room()
-        ask = await asyncio.to_thread(completions.completion_ask, model, body)
-        if not body.stream:
-            return await _whole(
-                request, service, ask, lambda replies: completions.completion_whole(model, body, replies)
-            )
-        return _streamed(service, ask, lambda replies: completions.completion_events(model, body, replies))
+        surface = completions.completion_ask, completions.completion_whole, completions.completion_events
+        return await _generated(request, service, body, *surface)
 
 
 def _add_info(app: FastAPI, service: Service) -> None:
@@ -160,6 +171,15 @@ def _add_info(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         return _status(service)
+
+    @app.get("/health/ready")
+    async def health_ready() -> Response:
+        return _status(service)
+
+    @app.get("/health/live")
+    async def health_live() -> Response:
+        stuck = service.stuck_s > HANGS_S
+        return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -210,10 +230,23 @@ async def _read(request: Request, kind: type[Body]) -> Body:
         raise as_api_error(error) from None
 
 
-async def _whole(request: Request, service: Service, ask: Ask, gather: Callable[[Replies], Any]) -> Response:
-    replies = service.begin(ask)
+async def _generated(
+    request: Request,
+    service: Service,
+    body: Asked,
+    ask: Callable[[AnyModel, Asked], Ask],
+    gather: Callable[[AnyModel, Asked, Replies], Awaitable[dict[str, Any]]],
+    write: Callable[[AnyModel, Asked, Replies], AsyncGenerator[bytes, None]],
+) -> Response:
+    """A reply by one surface's three functions: what is asked of the engine, and the reply whole or streamed."""
+    model = service.model
+    service.check_room()
+    replies = service.begin(await asyncio.to_thread(ask, model, body))
+    if body.stream:
+        events, headers = write(model, body, replies), {"x-request-id": replies.id}
+        return EventStream(events, headers=headers, at_end=lambda: service.end(replies))
     try:
-        reply = await unless_gone(request, gather(replies))
+        reply = await unless_gone(request, gather(model, body, replies))
     finally:
         service.end(replies)
     if reply is None:
@@ -221,15 +254,10 @@ async def _whole(request: Request, service: Service, ask: Ask, gather: Callable[
     return JSONResponse(reply, headers={"x-request-id": reply["id"]})
 
 
-def _streamed(service: Service, ask: Ask, write: Callable[[Replies], AsyncGenerator[bytes, None]]) -> Response:
-    replies = service.begin(ask)
-    return EventStream(write(replies), headers={"x-request-id": replies.id}, at_end=lambda: service.end(replies))
-
-
 def _status(service: Service) -> Response:
     if service.is_ready:
         return JSONResponse({"status": "ok"})
-    state = "stopping" if service.draining else "loading"
+    state = "stopping" if service.draining else "loading" if service.is_loading else "no upstream is up"
     return JSONResponse({"status": state}, 503, headers={"Retry-After": "2"})
 
 

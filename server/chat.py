@@ -20,13 +20,18 @@ from .reply import Ask, Piece, Replies
 from .schema import ChatRequest
 from .stream import DONE
 from .surface import ask_for, check_calls, check_model, form_of, logprob_json, usage_json
+from .upstream_model import AnyModel, UpstreamModel, upstream_chat_ask
 
+_HOLE = "\0"  # where a frame takes its text
 _STATES: dict[str, State] = {"open": "thinking", "closed": "answering", "unsaid": "undecided"}
 
 
-def chat_ask(model: ServedModel, body: ChatRequest) -> Ask:
+def chat_ask(model: AnyModel, body: ChatRequest) -> Ask:
     """Render and encode a conversation. Slow for long ones: not for the event loop."""
     check_model(model, body.model)
+    if isinstance(model, UpstreamModel):
+        check_calls(body)
+        return upstream_chat_ask(model, body)
     messages = [message.message() for message in body.messages]
     check_calls(body)
     variables = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
@@ -78,7 +83,7 @@ def _prompt(model: ServedModel, body: ChatRequest, messages: Sequence[Message], 
     return model.template.render(messages, tools=[tool.json for tool in use.tools] if use else (), **options)
 
 
-async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) -> dict[str, Any]:
+async def chat_whole(model: AnyModel, body: ChatRequest, replies: Replies) -> dict[str, Any]:
     """The reply in one object."""
     shape = _Shape(model, body, replies, "chat.completion")
     gathered = [_Gathered() for _ in replies.thinking]
@@ -105,7 +110,7 @@ async def chat_whole(model: ServedModel, body: ChatRequest, replies: Replies) ->
     return shape.head | {"choices": choices, "usage": usage_json(replies.usage)}
 
 
-async def chat_events(model: ServedModel, body: ChatRequest, replies: Replies) -> AsyncGenerator[bytes, None]:
+async def chat_events(model: AnyModel, body: ChatRequest, replies: Replies) -> AsyncGenerator[bytes, None]:
     """The reply as server-sent events: the role first, then what each token adds, the reason to end, the usage."""
     shape = _Shape(model, body, replies, "chat.completion.chunk")
     first = _Gathered()
@@ -125,7 +130,7 @@ async def chat_events(model: ServedModel, body: ChatRequest, replies: Replies) -
 class _Shape:
     """How this request wants its reply written."""
 
-    def __init__(self, model: ServedModel, body: ChatRequest, replies: Replies, kind: str) -> None:
+    def __init__(self, model: AnyModel, body: ChatRequest, replies: Replies, kind: str) -> None:
         self.include_usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
         self._model = model
         self._format = body.reasoning_format or "reasoning_content"
@@ -135,12 +140,13 @@ class _Shape:
             "created": replies.created,
             "model": model.name,
         }
-        if replies.ask.state != "answering":
-            tokens, by = replies.thinking[0].limit
+        if replies.thinking_limit:
+            tokens, by = replies.thinking_limit
             asked = body.budget
             self.head["thinking_limit"] = {"tokens": tokens, "by": by, "clamped": asked is not None and tokens < asked}
         if self.include_usage:
             self.head["usage"] = None  # as OpenAI has it: null in every chunk but the last
+        self._frames: dict[tuple[int, Channel], list[bytes]] = {}
         self._start = b"data: " + json.dumps(self.head)[:-1].encode() + b', "choices": ['
 
     def event(self, choice: dict[str, Any]) -> bytes:
@@ -167,16 +173,19 @@ class _Shape:
     def piece_events(self, piece: Piece) -> list[bytes]:
         """The chunks of one token: one for each channel it has text in, one for the end."""
         logs = None
-        if piece.logprob and not (piece.channel == "reasoning" and self._format == "hidden"):
+        is_told = piece.channel == "answer" or self._format != "hidden"
+        if piece.logprob and is_told and isinstance(self._model, ServedModel):
             entries: dict[Channel, list[dict[str, Any]]] = {"reasoning": [], "answer": []}
             entries[piece.channel].append(logprob_json(self._model, piece.logprob))
             logs = _logprobs(entries)
         events = []
         for delta in piece.deltas:
-            if fields := self.fields(delta.channel, delta.text):
+            if not logs:
+                if event := self._text_event(piece.choice, delta.channel, delta.text):
+                    events.append(event)
+            elif fields := self.fields(delta.channel, delta.text):
                 choice: dict[str, Any] = {"index": piece.choice, "delta": fields, "finish_reason": None}
-                if logs:  # told once, with the first delta of its token
-                    choice["logprobs"], logs = logs, None
+                choice["logprobs"], logs = logs, None  # told once, with the first delta of its token
                 events.append(self.event(choice))
         if piece.calls:
             delta = {"tool_calls": [_call_delta_json(call) for call in piece.calls]}
@@ -190,6 +199,15 @@ class _Shape:
             events.append(self.event(choice))
         return events
 
+    def _text_event(self, choice: int, channel: Channel, text: str) -> bytes:
+        """The chunk of a delta that is nothing but text; b"" where it is hidden. Only the text is new each time."""
+        frame = self._frames.get((choice, channel))
+        if frame is None:
+            fields = self.fields(channel, _HOLE)
+            chunk = self.event({"index": choice, "delta": fields, "finish_reason": None}) if fields else b""
+            frame = self._frames[choice, channel] = chunk.split(json.dumps(_HOLE).encode())
+        return json.dumps(text).encode().join(frame)
+
 
 class _Gathered:
     """One reply, as far as it has come."""
@@ -201,11 +219,11 @@ class _Gathered:
         self.finish: FinishReason | Literal["tool_calls"] | None = None
         self.outcome: Outcome | None = None
 
-    def add(self, piece: Piece, model: ServedModel | None) -> None:
+    def add(self, piece: Piece, model: AnyModel | None) -> None:
         """Take one token's piece; its log-probability only where a model is given to name the token."""
         for delta in piece.deltas:
             self.texts[delta.channel].append(delta.text)
-        if piece.logprob and model:
+        if piece.logprob and isinstance(model, ServedModel):
             self.logprobs[piece.channel].append(logprob_json(model, piece.logprob))
         for call in piece.calls:
             if call.name is not None:
@@ -214,10 +232,10 @@ class _Gathered:
         self.finish, self.outcome = piece.finish, piece.outcome
 
 
-def _read_ahead(model: ServedModel, body: ChatRequest, replies: Replies, reply: _Gathered) -> None:
+def _read_ahead(model: AnyModel, body: ChatRequest, replies: Replies, reply: _Gathered) -> None:
     """Read the next turn ahead where its prompt will be another: this reply's thoughts will be left out of it."""
     thought = reply.outcome is not None and reply.outcome.reasoning_tokens > 0
-    if not thought or body.preserve_thinking or body.reasoning_format == "inline":
+    if not isinstance(model, ServedModel) or not thought or body.preserve_thinking or body.reasoning_format == "inline":
         return
     if reply.calls and reply.finish == "length":
         return  # cut inside a call, perhaps

@@ -13,14 +13,17 @@ from .reply import Ask, LogProb, Piece, Replies
 from .schema import CompletionRequest
 from .stream import DONE
 from .surface import ask_for, check_model, finite, token_text, usage_json
+from .upstream_model import AnyModel, UpstreamModel, upstream_completion_ask
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _RULES = {"break_loops": False, "reserve": 0}  # raw text has no thoughts to look after
 
 
-def completion_ask(model: ServedModel, body: CompletionRequest) -> Ask:
+def completion_ask(model: AnyModel, body: CompletionRequest) -> Ask:
     """Encode the prompt. Slow for long ones: not for the event loop."""
     check_model(model, body.model)
+    if isinstance(model, UpstreamModel):
+        return upstream_completion_ask(model, body, body.max_tokens or _DEFAULT_MAX_TOKENS)
     prompt_ids = _prompt_ids(model, body)
     return ask_for(
         model,
@@ -33,7 +36,7 @@ def completion_ask(model: ServedModel, body: CompletionRequest) -> Ask:
     )
 
 
-async def completion_whole(model: ServedModel, body: CompletionRequest, replies: Replies) -> dict[str, Any]:
+async def completion_whole(model: AnyModel, body: CompletionRequest, replies: Replies) -> dict[str, Any]:
     """The reply in one object."""
     count = len(replies.thinking)
     texts: list[list[str]] = [[_echoed(model, body)] for _ in range(count)]
@@ -51,9 +54,7 @@ async def completion_whole(model: ServedModel, body: CompletionRequest, replies:
     return _head(model, replies) | {"choices": choices, "usage": usage_json(replies.usage)}
 
 
-async def completion_events(
-    model: ServedModel, body: CompletionRequest, replies: Replies
-) -> AsyncGenerator[bytes, None]:
+async def completion_events(model: AnyModel, body: CompletionRequest, replies: Replies) -> AsyncGenerator[bytes, None]:
     """The reply as server-sent events."""
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     head = _head(model, replies) | ({"usage": None} if include_usage else {})
@@ -71,7 +72,7 @@ async def completion_events(
     yield DONE
 
 
-def _choice(model: ServedModel, piece: Piece, text: str, offset: int) -> dict[str, Any]:
+def _choice(model: AnyModel, piece: Piece, text: str, offset: int) -> dict[str, Any]:
     logs = _logprobs(model, [piece.logprob] if piece.logprob else [], offset)
     return {"index": piece.choice, "text": text, "logprobs": logs, "finish_reason": piece.finish}
 
@@ -94,17 +95,18 @@ def _prompt_ids(model: ServedModel, body: CompletionRequest) -> list[int]:
     return list(prompt)  # type: ignore[arg-type]
 
 
-def _echoed(model: ServedModel, body: CompletionRequest) -> str:
+def _echoed(model: AnyModel, body: CompletionRequest) -> str:
     if not body.echo:
         return ""
     prompt = body.prompt[0] if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else body.prompt
     if isinstance(prompt, str):
         return prompt
+    assert isinstance(model, ServedModel), "upstreams are asked for texts only"
     return b"".join(model.vocabulary.piece(token_id) for token_id in prompt).decode(errors="replace")  # type: ignore[arg-type]
 
 
-def _logprobs(model: ServedModel, entries: list[LogProb], offset: int) -> dict[str, Any] | None:
-    if not entries:
+def _logprobs(model: AnyModel, entries: list[LogProb], offset: int) -> dict[str, Any] | None:
+    if not entries or not isinstance(model, ServedModel):
         return None
     tokens = [token_text(model, entry.token_id) for entry in entries]
     offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
@@ -120,7 +122,7 @@ def _event(head: dict[str, Any], choice: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(head | {"choices": [choice]}).encode() + b"\n\n"
 
 
-def _head(model: ServedModel, replies: Replies) -> dict[str, Any]:
+def _head(model: AnyModel, replies: Replies) -> dict[str, Any]:
     return {
         "id": f"cmpl-{replies.id}",
         "object": "text_completion",

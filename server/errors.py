@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 
 from ..backends.base import BackendFailed, PromptTooLong
 from ..r1.errors import BadPrompt, UserError
+from .upstream import UpstreamFailed, UpstreamRefused
 
 
 class ApiError(Exception):
@@ -73,6 +74,10 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), code="context_length_exceeded", param="messages")
         case BadPrompt():
             return ApiError(400, str(error), param="messages")
+        case UpstreamFailed():
+            return ApiError(error.status, str(error), code="upstream_failed", headers={"Retry-After": "1"})
+        case UpstreamRefused():
+            return ApiError(error.status, str(error), code=error.code, param=error.param)
         case BackendFailed():
             return ApiError(503, str(error), code="engine_failed", headers={"Retry-After": "1"})
         case UserError():

@@ -1,7 +1,7 @@
 """The door: who may come in, and with how much. Plain ASGI, before any route; knows nothing of what is asked.
 
-`/health` and `/ready` are open to everybody, so that a supervisor needs no key, and so is the chat page, which asks its
-reader for one. Everything else is closed by default.
+`/health`, `/ready` and their like are open to everybody, so that a supervisor needs no key, and so is the chat page,
+which asks its reader for one. Everything else is closed by default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .metrics import Metrics
 from .page import is_page
 from .settings import Settings, key_hash
 
-_OPEN_PATHS = ("/health", "/ready")
+_OPEN_PATHS = ("/health", "/ready", "/health/live", "/health/ready")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from ..backends.base import Token
 from ..backends.engine import Engine
+from .upstream_pool import Upstreams
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
@@ -56,11 +57,16 @@ class Metrics:
         """Show how busy this engine is whenever somebody asks."""
         self._registry.register(_EngineGauges(model, engine))
 
-    def watch(self, model: str, replies: int, prompt_tokens: int) -> Watch:
-        """Follow one request from now on."""
-        self.prompt.labels(model).observe(prompt_tokens)
-        self.prompt_total.labels(model).inc(prompt_tokens)
-        return Watch(self, model, replies)
+    def serve_upstreams(self, model: str, upstreams: Upstreams) -> None:
+        """Show how upstreams are whenever somebody asks."""
+        self._registry.register(_UpstreamGauges(model, upstreams))
+
+    def watch(self, model: str, replies: int, prompt_tokens: int | None) -> Watch:
+        """Follow one request from now on. A prompt that nobody has counted yet is told by `Watch.prompt`."""
+        watch = Watch(self, model, replies)
+        if prompt_tokens is not None:
+            watch.prompt(prompt_tokens)
+        return watch
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -100,6 +106,12 @@ class Watch:
             metrics.first_answer.labels(model).observe(now - self._began)
         if token.finish:
             self._finish(token, now)
+
+    def prompt(self, tokens: int, cached_tokens: int = 0) -> None:
+        """Count the prompt, and what of it was in a cache."""
+        self._metrics.prompt.labels(self._model).observe(tokens)
+        self._metrics.prompt_total.labels(self._model).inc(tokens)
+        self._metrics.cached_total.labels(self._model).inc(cached_tokens)
 
     def lost(self, error: BaseException) -> None:
         """Note why a request ends early."""
@@ -153,3 +165,34 @@ class _EngineGauges:
             total = CounterMetricFamily(f"r1_{name}", words, labels=["model"])
             total.add_metric([self._model], value)
             yield total
+
+
+class _UpstreamGauges:
+    """Asks the upstreams at the moment it is asked. An upstream's label is its host and port."""
+
+    def __init__(self, model: str, upstreams: Upstreams) -> None:
+        self._model = model
+        self._upstreams = upstreams
+
+    def collect(self) -> Iterable[Metric]:
+        load = self._upstreams.load()
+        for name, words, value in (
+            ("requests_running", "Replies in progress", load.running),
+            ("requests_waiting", "Replies that wait for a place", load.waiting),
+        ):
+            gauge = GaugeMetricFamily(f"r1_{name}", words, labels=["model"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        up = GaugeMetricFamily("r1_upstream_up", "Whether an upstream answers", labels=["model", "upstream"])
+        running = GaugeMetricFamily(
+            "r1_upstream_requests_running", "Replies in progress, by upstream", labels=["model", "upstream"]
+        )
+        asked = CounterMetricFamily("r1_upstream_requests", "Replies asked for", labels=["model", "upstream"])
+        failed = CounterMetricFamily("r1_upstream_failures", "Replies that failed", labels=["model", "upstream"])
+        for member in self._upstreams.members:
+            labels = [self._model, member.name]
+            up.add_metric(labels, member.trouble is None)
+            running.add_metric(labels, member.running)
+            asked.add_metric(labels, member.replies)
+            failed.add_metric(labels, member.failures)
+        yield from (up, running, asked, failed)

@@ -13,25 +13,36 @@ from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
-from ..r1.tools import Format, format_of
+from ..r1.tool_formats import Format, calls_in
 
 ECHO = "echo"
 _ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A loaded model under the name that clients call it by."""
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What is served, under the name that clients call it by."""
 
     name: str
+    source: str  # where it came from, in words
+    aliases: frozenset[str] = frozenset()
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for this name is for this model; no name is any model."""
+        return name is None or name == self.name or name in self.aliases
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(Named):
+    """A model that is loaded in this process."""
+
     engine: Engine
     template: ChatTemplate
     tags: Tags
     grammars: Grammars
     advice: Advice
-    source: str  # where the files came from, in words
-    aliases: frozenset[str] = frozenset()
-    created: int = field(default_factory=lambda: int(time.time()))  # Unix time, s
+    reason: str = ""  # why this backend, in words
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -46,11 +57,7 @@ class ServedModel:
     @property
     def call_format(self) -> Format:
         """How it writes tool calls."""
-        return format_of(self.template.source)
-
-    def answers_to(self, name: str | None) -> bool:
-        """Whether a request for this name is for this model; no name is any model."""
-        return name is None or name == self.name or name in self.aliases
+        return calls_in(self.template.source).format
 
 
 def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_template: str | None = None) -> ServedModel:
@@ -88,4 +95,5 @@ def serve_opened(
         grammars=Grammars(vocabulary),
         advice=advice or (R1_ADVICE if template.is_r1 else _ADVICE_ELSE),
         source=source,
+        reason=opened.reason,
     )

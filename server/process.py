@@ -3,6 +3,7 @@
 The socket is bound before the model is loaded, so that a port in use is told at once and `/health` can say "loading".
 On SIGTERM or Ctrl-C the server takes nothing new (503, not a refused connection), lets replies in progress finish for
 the grace time, ends those that are left with an error event, and exits with 0. A second signal ends them at once.
+Under systemd it says when it is ready, and that it lives.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import uvicorn
 
@@ -27,13 +29,19 @@ except ImportError:  # Windows
     from asyncio import run as run_on_loop
 
 from .app import Service, create_app
-from .model import ServedModel
 from .settings import Settings
+from .upstream_model import AnyModel
+
+Model = TypeVar("Model", bound=AnyModel)
+
+# For Python's own 5 ms, longer than a step of a small model, a thread that renders a prompt could hold up the engine's.
+_SWITCH_S = 0.0005
 
 
-def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callable[[ServedModel, str], None]) -> int:
+def serve(settings: Settings, load: Callable[[], Model], announce: Callable[[Model, str], None]) -> int:
     """Listen, load, answer until told to stop; the exit code. Raises `UserError` where it cannot start."""
     listener = _bind(settings.host, settings.port)
+    sys.setswitchinterval(_SWITCH_S)
     port = listener.getsockname()[1]
     service = Service(settings)
     server = _Server(
@@ -60,11 +68,14 @@ def serve(settings: Settings, load: Callable[[], ServedModel], announce: Callabl
             model = loading.result()
             service.ready(model)
             announce(model, f"http://{_shown(settings.host)}:{port}")
+            _tell_systemd("READY=1")
+            beating = asyncio.create_task(_beat(service))
         except BaseException:
             server.should_exit = True
             await answering
             raise
         await answering
+        beating.cancel()
 
     try:
         run_on_loop(run())
@@ -103,6 +114,7 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         service = self._service
         service.draining = True
+        _tell_systemd("STOPPING=1")
         if service.in_flight:
             grace = service.settings.grace_s
             print(
@@ -117,10 +129,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _in_a_thread(load: Callable[[], ServedModel]) -> asyncio.Future[ServedModel]:
+def _in_a_thread(load: Callable[[], Model]) -> asyncio.Future[Model]:
     """Load beside the event loop, in a thread that the process does not wait for when it ends."""
     loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[ServedModel] = loop.create_future()
+    loaded: asyncio.Future[Model] = loop.create_future()
 
     def work() -> None:
         try:
@@ -132,6 +144,27 @@ def _in_a_thread(load: Callable[[], ServedModel]) -> asyncio.Future[ServedModel]
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return loaded
+
+
+async def _beat(service: Service) -> None:
+    """Tell systemd's watchdog that we live, as long as the engine does: a step that hangs is to be noticed."""
+    limit = os.environ.get("WATCHDOG_USEC", "")
+    if not limit.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    limit_s = int(limit) / 1e6
+    while True:
+        if service.stuck_s < limit_s / 2:
+            _tell_systemd("WATCHDOG=1")
+        await asyncio.sleep(limit_s / 4)
+
+
+def _tell_systemd(words: str) -> None:
+    """One datagram to whoever started us as a service of the type `notify` (`man 3 sd_notify`); else nothing."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
+        out.sendto(words.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,43 +1,125 @@
 """Tokens in, what a client is told out: deltas, log-probabilities, usage, the reason to end.
 
-One generator for both modes: a streamed reply sends what it yields, a whole one gathers it. It knows what a reply is
-made of and nothing of how a surface writes it down.
+One generator for both modes: a streamed reply sends what it yields, a whole one gathers it. And for both sources of
+tokens, the engine and upstreams. It knows what a reply is made of and nothing of how a surface writes it down.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ..backends.base import FinishReason, Force, Forget, GenerationRequest, Only, PromptTooLong, Sampling, Token
 from ..r1.grammar import Form, Matcher
-from ..r1.messages import CallDelta, Channel, Delta
+from ..r1.messages import CallDelta, Channel, ClosedBy, Delta
 from ..r1.split import State
-from ..r1.thinking import Outcome, Rules, Thinking
+from ..r1.thinking import Outcome, Rules, Tags, Thinking
 from ..r1.tools import CallParser, Format
 from .metrics import Metrics
-from .model import ServedModel
+from .upstream_reply import Relayed
+
+BOUNDLESS = 2**31 - 1
+"""The room of a reply that nobody has measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request that is ready for the engine, whatever surface it came through."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask(ABC):
+    """A request that is ready for where its tokens come from, whatever surface it came through."""
 
-    prompt_ids: Sequence[int]
     state: State  # in which a reply begins
-    sampling: Sampling
     rules: Rules
     max_tokens: int | None = None  # None = what the context leaves
     n: int = 1
-    top_logprobs: int | None = None
-    ignore_eos: bool = False
     form: Form | None = None  # that the answers are held to
     begun: str = ""  # what there is of the answer already, of a form's text
     calls: Format | None = None  # how tool calls are written, where the form has them
+
+    @property
+    @abstractmethod
+    def can_cut(self) -> bool:
+        """Whether thoughts can be closed by force."""
+
+    @property
+    @abstractmethod
+    def prompt_tokens(self) -> int | None:
+        """What the prompt has; `None` where nobody has counted yet."""
+
+    @abstractmethod
+    def room(self, context_length: int | None) -> int:
+        """Tokens that a reply may have. Raises `PromptTooLong` where that is none."""
+
+    @abstractmethod
+    def request(self, request_id: str, index: int, room: int, steer: Thinking) -> Any:
+        """One of the `n` requests, as the source of tokens takes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAsk(Ask):
+    """A request for the engine."""
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    top_logprobs: int | None = None
+    ignore_eos: bool = False
+
+    @property
+    def can_cut(self) -> bool:
+        """A steer's wish is obeyed."""
+        return True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What the prompt has."""
+        return len(self.prompt_ids)
+
+    def room(self, context_length: int | None) -> int:
+        """What the context leaves, or less if less is asked for."""
+        assert context_length is not None, "an engine knows its context"
+        room = context_length - len(self.prompt_ids)
+        if room < 1:
+            raise PromptTooLong(len(self.prompt_ids), context_length - 1)
+        return min(room, self.max_tokens or room)
+
+    def request(self, request_id: str, index: int, room: int, steer: Thinking) -> GenerationRequest:
+        """As the engine takes it."""
+        return GenerationRequest(
+            id=request_id,
+            prompt_ids=self.prompt_ids,
+            max_tokens=room,
+            sampling=_own_seed(self.sampling, index),
+            top_logprobs=self.top_logprobs,
+            ignore_eos=self.ignore_eos,
+            steer=steer,
+        )
+
+
+class Source(Protocol):
+    """Where tokens come from: the engine of this process, or upstreams."""
+
+    def stream(self, requests: Sequence[Any]) -> AsyncGenerator[Token, None]:
+        """Yield the tokens of all requests, mixed, as they come. Leaving early cancels."""
+        ...
+
+
+class Served(Protocol):
+    """What replies need of the model that gives them."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def engine(self) -> Source: ...  # noqa: D102
+
+    @property
+    def tags(self) -> Tags: ...  # noqa: D102
+
+    @property
+    def context_length(self) -> int | None: ...  # noqa: D102
 
 
 class LogProb(NamedTuple):
@@ -73,18 +155,22 @@ class Usage:
 class Replies:
     """The replies to one `Ask`: iterate over `pieces`, then read `usage`."""
 
-    def __init__(self, model: ServedModel, ask: Ask, metrics: Metrics) -> None:
-        room = model.context_length - len(ask.prompt_ids)
-        if room < 1:
-            raise PromptTooLong(len(ask.prompt_ids), model.context_length - 1)
-        room = min(room, ask.max_tokens or room)
+    def __init__(self, model: Served, ask: Ask, metrics: Metrics) -> None:
         self.ask = ask
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
-        self.usage = Usage(len(ask.prompt_ids))
+        self.usage = Usage(ask.prompt_tokens or 0)
+        self._room = ask.room(model.context_length)
         self.thinking = [
             Thinking(
-                model.tags, ask.rules, room, ask.state, force=Force, only=Only, forget=Forget(), grammar=_begin(ask)
+                model.tags,
+                ask.rules,
+                self._room,
+                ask.state,
+                force=Force,
+                only=Only,
+                forget=Forget(),
+                grammar=_begin(ask),
             )
             for _ in range(ask.n)
         ]
@@ -92,17 +178,23 @@ class Replies:
         self._model = model
         self._metrics = metrics
         self._requests = [
-            GenerationRequest(
-                id=f"{self.id}-{index}",
-                prompt_ids=ask.prompt_ids,
-                max_tokens=room,
-                sampling=_own_seed(ask.sampling, index),
-                top_logprobs=ask.top_logprobs,
-                ignore_eos=ask.ignore_eos,
-                steer=steer,
-            )
-            for index, steer in enumerate(self.thinking)
+            ask.request(f"{self.id}-{index}", index, self._room, steer) for index, steer in enumerate(self.thinking)
         ]
+        self._tokens = [0] * ask.n
+        self._called = [False] * ask.n  # whether an upstream's reply has called a tool
+
+    @property
+    def thinking_limit(self) -> tuple[int, ClosedBy] | None:
+        """Where the thoughts are closed at the latest, and for what reason; `None` where nobody here closes them."""
+        if self.ask.state == "answering":
+            return None
+        tokens, by = self.thinking[0].limit
+        return (tokens, by) if tokens < BOUNDLESS // 2 else None
+
+    @property
+    def can_end_thinking(self) -> bool:
+        """Whether anybody here can close the thoughts."""
+        return self.ask.can_cut
 
     def end_thinking(self) -> bool:
         """Have every reply that still thinks go on to its answer; false if none does."""
@@ -110,13 +202,19 @@ class Replies:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield what every token adds, as the tokens come. Leaving early cancels."""
-        watch = self._metrics.watch(self._model.name, len(self._requests), self.usage.prompt_tokens)
+        watch = self._metrics.watch(self._model.name, len(self._requests), self.ask.prompt_tokens)
         index_of = {request.id: index for index, request in enumerate(self._requests)}
         try:
             async with aclosing(self._model.engine.stream(self._requests)) as tokens:
                 async for token in tokens:
                     watch.token(token)
-                    yield self._piece(index_of[token.request_id], token)
+                    choice = index_of[token.request_id]
+                    if isinstance(token.note, Relayed):
+                        if token.note.counted and choice == 0:
+                            watch.prompt(*token.note.counted[:2])
+                        yield self._relayed(choice, token, token.note)
+                    else:
+                        yield self._piece(choice, token)
         except BaseException as error:
             watch.lost(error)
             raise
@@ -138,6 +236,20 @@ class Replies:
         deltas, calls = _read_calls(parser, deltas, ending=token.finish is not None)
         finish = "tool_calls" if token.finish == "stop" and parser.whole else token.finish
         return Piece(choice, deltas, channel, logprob, finish, outcome, calls)
+
+    def _relayed(self, choice: int, token: Token, note: Relayed) -> Piece:
+        usage = self.usage
+        usage.completion_tokens += 1
+        self._tokens[choice] += 1
+        if note.outcome:
+            usage.reasoning_tokens += note.outcome.reasoning_tokens
+        if note.counted:
+            usage.completion_tokens += note.counted.completion_tokens - self._tokens[choice]
+            usage.prompt_tokens = usage.prompt_tokens or note.counted.prompt_tokens
+            usage.cached_tokens = note.counted.cached_tokens if choice == 0 else usage.cached_tokens
+        self._called[choice] = self._called[choice] or bool(note.calls)
+        finish = "tool_calls" if token.finish == "stop" and self._called[choice] else token.finish
+        return Piece(choice, note.deltas, note.channel, None, finish, note.outcome, note.calls)
 
 
 def _begin(ask: Ask) -> Matcher | None:

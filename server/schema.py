@@ -1,39 +1,32 @@
 """What a request may say: OpenAI's fields, ours, and their limits. Unknown fields are accepted and ignored.
 
-Fields that we know and cannot honour are refused by name: a client that asks for audio must not get prose.
+Fields that we know and cannot honour are refused by name (`others.py` has those of other servers): a client that asks
+for audio must not get prose.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..r1.grammar import ANY_OBJECT, Kind
 from ..r1.messages import Message, ToolCall
-from ..r1.tools import Tool, ToolUse
+from .fields import Count, Fields, Many, Name, Seed, at_most
+from .forms import FormFields, ToolFields
+from .others import refuse
 
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-
-class TextPart(_Fields):
+class TextPart(Fields):
     """A part of a message's content; text is the only kind there is."""
 
     type: str
     text: str | None = None
 
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-
-
-class CalledFunction(_Fields):
+class CalledFunction(Fields):
     """`tool_calls[].function` of an earlier turn."""
 
     name: Name
@@ -51,7 +44,7 @@ class CalledFunction(_Fields):
         return arguments or "{}"
 
 
-class MadeCall(_Fields):
+class MadeCall(Fields):
     """`tool_calls[]` of an earlier turn."""
 
     id: str
@@ -59,15 +52,15 @@ class MadeCall(_Fields):
     function: CalledFunction
 
 
-class ChatMessage(_Fields):
+class ChatMessage(Fields):
     """One message as clients send it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: Many[MadeCall] | None = None
     tool_call_id: str | None = None
 
     @field_validator("content")
@@ -89,122 +82,13 @@ class ChatMessage(_Fields):
         return Message(role, content, thoughts, self.name, calls, self.tool_call_id)
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     """`stream_options`."""
 
     include_usage: bool | None = None
 
 
-AnySchema = dict[str, Any] | bool
-
-
-class JsonSchema(_Fields):
-    """`response_format.json_schema`. A schema is kept to the letter whether `strict` or not."""
-
-    name: str | None = None
-    description: str | None = None
-    json_schema: Annotated[AnySchema, Field(alias="schema")]
-    strict: bool | None = None
-
-
-class ResponseFormat(_Fields):
-    """`response_format`."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("a response_format of type json_schema needs a field json_schema with a schema in it")
-        return self
-
-
-Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
-
-
-class StructuredOutputs(_Fields):
-    """`structured_outputs`, vLLM's way to say what ours say at the top."""
-
-    model_config = ConfigDict(extra="forbid")  # another of vLLM's constraints would change the answer
-
-    json_schema: Annotated[AnySchema | str | None, Field(alias="json")] = None
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: Choice | None = None
-    grammar: str | None = None
-
-
-class AskedForm(NamedTuple):
-    """The form that an answer is to have, and the field that says so."""
-
-    kind: Kind
-    text: str
-    param: str
-
-
-class FormFields(_Fields):
-    """What form the answer is to have: one of these at most."""
-
-    response_format: ResponseFormat | None = None
-    regex: str | None = None
-    choice: Choice | None = None
-    grammar: str | None = None  # Lark's notation or llama.cpp's GBNF
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: AnySchema | str | None = None  # vLLM's older names
-    guided_regex: str | None = None
-    guided_choice: Choice | None = None
-    guided_grammar: str | None = None
-
-    @model_validator(mode="after")
-    def _one_form(self) -> FormFields:
-        first, *more = [form.param.partition(".")[0] for form in self._forms()] or [""]
-        if more:
-            raise ValueError(f"{more[0]}: an answer has one form, and {first} says another; leave one out")
-        return self
-
-    @property
-    def form(self) -> AskedForm | None:
-        """The form, if any is asked for."""
-        return next(iter(self._forms()), None)
-
-    def _forms(self) -> list[AskedForm]:
-        forms: list[AskedForm] = []
-        if self.response_format and self.response_format.type == "json_object":
-            forms.append(AskedForm("json_schema", ANY_OBJECT, "response_format"))
-        if self.response_format and self.response_format.type == "json_schema" and self.response_format.json_schema:
-            schema = json.dumps(self.response_format.json_schema.json_schema)
-            forms.append(AskedForm("json_schema", schema, "response_format.json_schema.schema"))
-        if more := self.structured_outputs:
-            forms += _plain_forms("structured_outputs.", more.json_schema, more.regex, more.choice, more.grammar)
-            forms += [AskedForm("json_schema", ANY_OBJECT, "structured_outputs.json_object")] * bool(more.json_object)
-        forms += _plain_forms("", None, self.regex, self.choice, self.grammar)
-        forms += _plain_forms("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
-        return forms
-
-
-def _plain_forms(
-    prefix: str,
-    schema: AnySchema | str | None,
-    regex: str | None,
-    choice: list[str] | None,
-    lark: str | None,
-) -> list[AskedForm]:
-    forms: list[AskedForm] = []
-    if schema is not None:
-        forms.append(
-            AskedForm("json_schema", schema if isinstance(schema, str) else json.dumps(schema), f"{prefix}json")
-        )
-    if regex is not None:
-        forms.append(AskedForm("regex", regex, f"{prefix}regex"))
-    if choice is not None:
-        forms.append(AskedForm("choice", json.dumps(choice), f"{prefix}choice"))
-    if lark is not None:
-        forms.append(AskedForm("grammar", lark, f"{prefix}grammar"))
-    return forms
-
-
-class SamplingFields(_Fields):
+class SamplingFields(Fields):
     """What chat and text completions have in common."""
 
     model: str | None = None
@@ -226,9 +110,9 @@ class SamplingFields(_Fields):
     xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
     xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, at_most(1024)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -247,8 +131,6 @@ class SamplingFields(_Fields):
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if bias and len(bias) > 1024:
-            raise ValueError(f"at most 1024 tokens; these are {len(bias)}")
         for token_id in bias or ():
             if not token_id.isascii() or not token_id.isdigit() or len(token_id) > 9:
                 raise ValueError(f"{token_id[:20]!r} is not a token id; /tokenize tells them")
@@ -264,7 +146,7 @@ ReasoningFormat = Literal["reasoning_content", "reasoning", "both", "inline", "h
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 
 
-class ReasoningFields(_Fields):
+class ReasoningFields(Fields):
     """What a request wants of the model's thoughts. Counts are tokens."""
 
     reasoning_format: ReasoningFormat | None = None  # where the thoughts are told
@@ -277,7 +159,7 @@ class ReasoningFields(_Fields):
     preserve_thinking: bool | None = None  # keep the thoughts of earlier turns in the prompt
     empty_answer: Literal["close", "allow"] | None = None  # what an end inside the thoughts does
     break_loops: bool | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str | None] | None, at_most(256)] = None
 
     @model_validator(mode="after")
     def _agree(self) -> ReasoningFields:
@@ -299,99 +181,30 @@ class ReasoningFields(_Fields):
 _EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
-class FunctionTool(_Fields):
-    """`tools[].function`. Arguments are kept to its schema whether `strict` or not."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolField(_Fields):
-    """`tools[]`."""
-
-    type: str
-    function: FunctionTool | None = None
-
-    @model_validator(mode="after")
-    def _a_function(self) -> ToolField:
-        if self.type != "function" or self.function is None:
-            raise ValueError("a tool is of type 'function' and has a field 'function'; there is no other kind here")
-        return self
-
-
-class ToolFields(_Fields):
-    """What a request says of tools."""
-
-    tools: Annotated[list[ToolField], Field(max_length=128)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="after")
-    def _choice_can_be_made(self) -> ToolFields:
-        names = self._names
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tools: {twice!r} is there twice; every function has a name of its own")
-        choice = self._choice
-        if choice is None:
-            raise ValueError(
-                "tool_choice: say 'auto', 'none', 'required', or "
-                '{"type": "function", "function": {"name": …}} for one of the tools'
-            )
-        if choice not in ("auto", "none") and not names:
-            raise ValueError("tool_choice: there are no tools to choose from; send tools, or leave it out")
-        if isinstance(self.tool_choice, dict) and choice not in names:
-            raise ValueError(f"tool_choice: there is no tool {choice[:64]!r}; there is {', '.join(names)[:200]}")
-        return self
-
-    @property
-    def tool_use(self) -> ToolUse | None:
-        """The tools that may be called now, if any."""
-        named, choice = isinstance(self.tool_choice, dict), self._choice
-        functions = [tool.function for tool in self.tools or () if tool.function]
-        chosen = [f for f in functions if not named or f.name == choice]
-        if not chosen or (choice == "none" and not named):
-            return None
-        tools = tuple(Tool(f.name, f.description, f.parameters) for f in chosen)
-        return ToolUse(tools, named or choice == "required", self.parallel_tool_calls is not False)
-
-    def place_of(self, tool: Tool) -> int:
-        """Where in `tools` it stands."""
-        return self._names.index(tool.name)
-
-    @property
-    def _names(self) -> list[str]:
-        return [tool.function.name for tool in self.tools or () if tool.function]
-
-    @property
-    def _choice(self) -> str | None:
-        """`auto`, `none`, `required`, or the name of a tool; `None` where it can't be understood."""
-        match self.tool_choice:
-            case None:
-                return "auto"
-            case "auto" | "none" | "required":
-                return self.tool_choice
-            case {"type": "function", "function": {"name": str(name)}}:
-                return name
-            case _:
-                return None
-
-
 class ChatRequest(SamplingFields, ReasoningFields, FormFields, ToolFields):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    model_config = ConfigDict(extra="allow")  # to see what `others.py` refuses; it is dropped after that
+
+    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    modalities: list[str] | None = None
+    modalities: Many[str] | None = None
     audio: Any = None
+    add_generation_prompt: bool | None = None  # vLLM's two switches: a last message of the assistant is gone on with,
+    continue_final_message: bool | None = None  # any other one is answered, whether they say so or not
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> ChatRequest:
+        refuse(self.__pydantic_extra__, _TEXT_ONLY)
+        resumed = self.messages[-1].role == "assistant"
+        if resumed and (self.continue_final_message is False or self.add_generation_prompt is True):
+            raise ValueError("messages: a last message of the assistant is gone on with; leave it out for a new one")
+        if self.add_generation_prompt is False and not resumed:
+            raise ValueError("add_generation_prompt: a reply follows always; leave it out")
         for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
             if getattr(self, field):
                 raise ValueError(f"{field}: not served; say {instead}, its successor")
@@ -407,23 +220,17 @@ class ChatRequest(SamplingFields, ReasoningFields, FormFields, ToolFields):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    model_config = ConfigDict(extra="allow")  # to see what `others.py` refuses; it is dropped after that
+
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    regex: Any = None
-    choice: Any = None
-    grammar: Any = None
-    tools: Any = None
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> CompletionRequest:
-        for field in ("response_format", "structured_outputs", "regex", "choice", "grammar", "tools"):
-            if getattr(self, field):
-                raise ValueError(f"{field}: not served here; ask /v1/chat/completions")
+        refuse(self.__pydantic_extra__, dict.fromkeys(_CHAT_ONLY, "ask /v1/chat/completions"))
         if self.suffix:
             raise ValueError("suffix: text can't be filled in; leave it out")
         if self.best_of not in (None, self.n or 1):
@@ -435,18 +242,27 @@ class CompletionRequest(SamplingFields):
         return self
 
 
-class TokenizeRequest(_Fields):
+_CHAT_ONLY = ChatRequest.model_fields.keys() - CompletionRequest.model_fields.keys()
+_TEXT_ONLY = {
+    "prompt": "say messages",
+    "echo": "ask /v1/completions",
+    "suffix": "text can't be filled in",
+    "best_of": "say n",
+}
+
+
+class TokenizeRequest(Fields):
     """`POST /tokenize`: a text, or a conversation as the model would read it."""
 
     model: str | None = None
     content: str | None = None
     prompt: str | None = None  # vLLM's name for `content`
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1, max_length=10_000)] | None = None
     with_pieces: bool | None = None
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Many[Annotated[int, Field(ge=0)]]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.base import LoadOptions
+from ..backends.open import BACKENDS
 from ..r1.catalog import DEFAULT_MODEL
 from ..r1.errors import UserError
 
+UPSTREAM = "openai"  # the backend that is other servers
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -36,13 +39,25 @@ class Settings:
 
 def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
     """The flags that say which model, and how it is loaded."""
-    default = _environment("MODEL") or DEFAULT_MODEL
-    words = f"catalogue name, GGUF file, hub id (org/repo[:quantization]) or `echo`; default {DEFAULT_MODEL}"
+    default = _environment("MODEL")
+    words = (
+        "catalogue name, GGUF file, checkpoint folder, hub id (org/repo[:quantization]) or `echo`; "
+        f"default {DEFAULT_MODEL}"
+    )
     if positional:
         parser.add_argument("model", nargs="?", default=default, help=words)
     else:
         parser.add_argument("--model", default=default, help=words)
     group = parser.add_argument_group("model")
+    _flag(
+        group,
+        "--backend",
+        type=_one_of("auto", *BACKENDS, UPSTREAM),
+        default="auto",
+        metavar="NAME",
+        help="auto, llama.cpp, pytorch, mlx, or openai: upstreams serve it; auto goes by the files, the machine and "
+        "what is installed",
+    )
     _flag(
         group,
         "--context",
@@ -61,7 +76,14 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     )
     _flag(group, "--threads", type=_positive, metavar="N", help="compute threads; default: the physical cores")
     _flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
-    _flag(group, "--flash-attention", type=_switch, default="auto", metavar="auto|on|off", help="default auto")
+    _flag(
+        group,
+        "--flash-attention",
+        type=_one_of("auto", "on", "off"),
+        default="auto",
+        metavar="auto|on|off",
+        help="default auto",
+    )
     _flag(
         group,
         "--batch-tokens",
@@ -71,7 +93,25 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
         help="tokens a step decodes at most (default 512)",
     )
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="a GGUF adapter; may be repeated"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="an adapter of the backend's kind; may be repeated",
+    )
+    _flag(
+        group,
+        "--dtype",
+        type=_one_of("auto", "f32", "bf16", "f16"),
+        default="auto",
+        metavar="TYPE",
+        help="what PyTorch computes in: auto, f32, bf16 or f16",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python files that come with a checkpoint"
+    )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="load weights from files that can hold programs (PyTorch's .bin)"
     )
     _flag(group, "--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's own")
     _flag(group, "--alias", metavar="NAME", help="serve the model under this name")
@@ -96,6 +136,49 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for replies in progress at shutdown (default 30)",
     )
+    group = parser.add_argument_group("upstreams (--backend openai)")
+    group.add_argument(
+        "--upstream", action="append", default=[], metavar="URL", help="an OpenAI-compatible server; may be repeated"
+    )
+    _flag(group, "--upstream-key-file", metavar="FILE", help="the key that upstreams are asked with")
+    _flag(
+        group,
+        "--upstream-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="an upstream that is silent for so long has failed (default 300)",
+    )
+
+
+def model(arguments: argparse.Namespace) -> str:
+    """The model that is named, or the default."""
+    return arguments.model or DEFAULT_MODEL
+
+
+def upstreams(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The upstreams' URLs; none where the model is loaded here. Raises `UserError` where the flags contradict."""
+    if arguments.backend != UPSTREAM:
+        if arguments.upstream:
+            raise UserError("--upstream is for models that others serve", "add --backend openai")
+        return ()
+    if not arguments.upstream:
+        raise UserError("--backend openai needs a server to ask", "--upstream http://127.0.0.1:8001")
+    for flag in ("context", "cache_tokens", "lora", "chat_template"):
+        if getattr(arguments, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name} says how a model is loaded; an upstream has loaded its own", f"leave {name} out")
+    return tuple(arguments.upstream)
+
+
+def upstream_key(arguments: argparse.Namespace) -> str | None:
+    """The key that upstreams are asked with."""
+    if arguments.upstream_key_file is None:
+        return _environment("UPSTREAM_KEY")
+    keys = _lines(arguments.upstream_key_file, "upstream key file")
+    if len(keys) != 1 or not keys[0].isascii():
+        raise UserError(f"the upstream key file {arguments.upstream_key_file} holds {len(keys)} keys", "it holds one")
+    return keys[0]
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
@@ -110,6 +193,10 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
         flash_attention={"auto": None, "on": True, "off": False}[arguments.flash_attention],
         batch_tokens=max(arguments.batch_tokens, arguments.parallel),
         loras=tuple(_lora(text) for text in arguments.lora),
+        backend=arguments.backend,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        allow_pickle=arguments.allow_pickle,
     )
 
 
@@ -140,12 +227,16 @@ def key_hash(key: str) -> bytes:
 def _keys(path: str | None) -> frozenset[bytes]:
     keys = [key] if (key := _environment("API_KEY")) else []
     if path is not None:
-        lines = (line.strip() for line in _read(path, "API key file").splitlines())
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise UserError(f"the API key file {path} holds no key", "put one key on each line")
-        keys += found
+        keys += _lines(path, "API key file")
     return frozenset(map(key_hash, keys))
+
+
+def _lines(path: str, what: str) -> list[str]:
+    lines = (line.strip() for line in _read(path, what).splitlines())
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"the {what} {path} holds no key", "put one key on each line")
+    return found
 
 
 def _read(path: str, what: str) -> str:
@@ -195,10 +286,15 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else _whole(text, 0, 10_000)
 
 
-def _switch(text: str) -> str:
-    if text not in ("auto", "on", "off"):  # argparse checks `choices` for flags, and not for the environment
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, on or off")
-    return text
+def _one_of(*names: str) -> Callable[[str], str]:
+    """argparse checks `choices` for flags, and not for the environment; a type is checked for both."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(names[:-1])} or {names[-1]}")
+        return text
+
+    return check
 
 
 def _seconds(text: str) -> float:

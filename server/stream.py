@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
+from anyio import CancelScope
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus, SendTimeoutError
+from sse_starlette.sse import AppStatus
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -37,19 +39,35 @@ class EventStream(EventSourceResponse):
             headers=headers,
             ping=KEEP_ALIVE_S,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            send_timeout=_SEND_TIMEOUT_S,
             sep="\n",
         )
         self._at_end = at_end
+        self._sending_since: float | None = None  # s, where the client has not taken the last event yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all. `at_end` is called even where the client went before the first event."""
         try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.warning("a client read nothing for %g s; its stream is given up", _SEND_TIMEOUT_S)
+            with CancelScope() as patience:
+                self._watch(patience)
+                await super().__call__(scope, receive, send)
+            if patience.cancel_called:
+                log.warning("a client read nothing for %g s; its stream is given up", _SEND_TIMEOUT_S)
         finally:
+            self._timer.cancel()
             self._at_end()
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """Send without a timer for every token, which costs more than all else here: `_watch` looks in at times."""
+        self._sending_since = time.monotonic()
+        await send(message)
+        self._sending_since = None
+
+    def _watch(self, patience: CancelScope) -> None:
+        """Give up on a client that reads nothing; look again in a while otherwise."""
+        since = self._sending_since
+        if since is not None and time.monotonic() - since >= _SEND_TIMEOUT_S:
+            patience.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_SEND_TIMEOUT_S / 6, self._watch, patience)
 
 
 async def _with_error(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 from ..backends.base import PromptTooLong, Sampling
-from ..r1.grammar import BadForm, Form
+from ..r1.errors import BadForm
+from ..r1.grammar import Form
 from ..r1.split import State
 from ..r1.thinking import Rules
 from ..r1.tools import BadTool, Format, form_of_calls
 from .errors import ApiError
-from .model import ServedModel
-from .reply import Ask, LogProb, Usage
+from .model import Named, ServedModel
+from .reply import EngineAsk, LogProb, Usage
 from .schema import ChatRequest, SamplingFields
 
 
-def check_model(model: ServedModel, name: str | None) -> None:
+def check_model(model: Named, name: str | None) -> None:
     """Refuse a model that is not the one being served."""
     if not model.answers_to(name):
         raise ApiError(
@@ -39,7 +40,7 @@ def ask_for(
     form: Form | None = None,
     begun: str = "",
     calls: Format | None = None,
-) -> Ask:
+) -> EngineAsk:
     """Put a request together for the engine. Raises where its prompt or its numbers cannot be."""
     if not prompt_ids:
         raise ApiError(400, "the prompt is empty", param="prompt")
@@ -47,7 +48,7 @@ def ask_for(
         error = PromptTooLong(len(prompt_ids), model.context_length - 1)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         raise ApiError(400, str(error), code="context_length_exceeded", param=param)
-    return Ask(
+    return EngineAsk(
         prompt_ids=prompt_ids,
         state=state,
         sampling=_sampling(model, body),

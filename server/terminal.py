@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ..backends.base import LoadOptions
 from ..r1.errors import UserError
+from . import settings as flags
 from .chat import chat_ask
 from .errors import as_api_error
 from .metrics import Metrics
@@ -35,8 +36,9 @@ def chat(arguments: argparse.Namespace, options: LoadOptions, chat_template: str
         question = f"{question}\n\n{piped}" if question else piped
     if not question and not sys.stdin.isatty():
         raise UserError("there is no question", 'stillhouse chat "What is 17 * 23?"')
-    print(f"loading {arguments.model} …", file=sys.stderr, flush=True)
-    model = load(arguments.model, options, alias=arguments.alias, chat_template=chat_template)
+    name = flags.model(arguments)
+    print(f"loading {name} …", file=sys.stderr, flush=True)
+    model = load(name, options, alias=arguments.alias, chat_template=chat_template)
     try:
         talk = _Talk(model, arguments)
         if question:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,14 @@ from typing import Any
 import hypothesis
 import pytest
 
-from stillhouse.backends.base import LoadOptions
+from stillhouse.backends.base import Backend, LoadOptions
 from stillhouse.backends.llamacpp import LlamaCpp
+from stillhouse.backends.open import open_backend
 from stillhouse.r1.catalog import embedded_file
 from stillhouse.r1.gguf import read_header
+
+sys.path.insert(0, str(Path(__file__).parent))  # where `server_fixtures.py` and its like lie
+from browser_fixtures import browser, reader, slow_echo  # noqa: F401
 
 # Other programs may be running: how long an example takes says nothing.
 hypothesis.settings.register_profile("stillhouse", deadline=None)
@@ -44,9 +49,22 @@ def r1_vocabulary_path() -> Path:
 @pytest.fixture(scope="session")
 def random_model() -> ModuleType:
     """`random_model.py`, which writes llamas with random weights."""
-    spec = importlib.util.spec_from_file_location("random_model", Path(__file__).with_name("random_model.py"))
+    return _beside("random_model")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint() -> ModuleType:
+    """`random_checkpoint.py`, which writes folders with random weights as a hub has them."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install stillhouse[torch]")
+    return _beside("random_checkpoint")
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -55,6 +73,26 @@ def random_model() -> ModuleType:
 def random_path(random_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama with random weights, of half a megabyte."""
     return random_model.write_model(tmp_path_factory.mktemp("models") / "random.gguf")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(random_checkpoint: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with random weights, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "random-qwen2"
+    return random_checkpoint.write_checkpoint(folder, random_checkpoint.random_model("qwen2"))
+
+
+@pytest.fixture
+def open_checkpoint() -> Callable[..., Backend]:
+    """Opens a folder with PyTorch or MLX and some `LoadOptions`; skips where it is not installed."""
+
+    def open_checkpoint(backend: str, folder: Path, **options: Any) -> Backend:
+        if importlib.util.find_spec({"mlx": "mlx_lm", "pytorch": "torch"}[backend]) is None:
+            pytest.skip(f'{backend} is not installed: pip install "stillhouse[mlx,torch]"')
+        chosen = LoadOptions(**{"context": 1024, "threads": 1, "backend": backend} | options)
+        return open_backend(sorted(folder.glob("*.safetensors")), chosen).backend
+
+    return open_checkpoint
 
 
 @pytest.fixture

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import server_fixtures as fixtures
 from prometheus_client.parser import text_string_to_metric_families
 
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
 said, plain = fixtures.said, fixtures.plain
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -16,9 +16,11 @@ from stillhouse.backends.base import LoadOptions
 from stillhouse.backends.echo import Echo
 from stillhouse.backends.engine import Engine
 from stillhouse.r1.catalog import MODELS
-from stillhouse.server import schema, settings
+from stillhouse.server import forms, others, schema, settings
 from stillhouse.server.app import Service, create_app
 from stillhouse.server.metrics import Metrics
+from stillhouse.server.upstream import Upstream
+from stillhouse.server.upstream_pool import Upstreams
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -48,14 +50,21 @@ def _anchors(text: str) -> set[str]:
 
 
 def _request_models() -> list[type[BaseModel]]:
-    classes = [kind for _, kind in inspect.getmembers(schema, inspect.isclass)]
-    return [kind for kind in classes if issubclass(kind, BaseModel) and kind.__module__ == schema.__name__]
+    homes = (schema, forms)
+    classes = [kind for home in homes for _, kind in inspect.getmembers(home, inspect.isclass)]
+    ours = {home.__name__ for home in homes}
+    return [kind for kind in dict.fromkeys(classes) if issubclass(kind, BaseModel) and kind.__module__ in ours]
 
 
 @pytest.mark.parametrize("kind", _request_models(), ids=lambda kind: kind.__name__)
 def test_the_api_page_names_every_field(kind):
     words = set(re.findall(r"`(\w+)`", _read("docs/api.md")))
     assert not set(kind.model_fields) - words
+
+
+def test_the_api_page_names_every_field_of_others():
+    words = set(re.findall(r"`(\w+)`", _read("docs/api.md").partition("## Fields of others")[2].partition("## ")[0]))
+    assert {*others.REFUSED, *others.MUST_BE_TRUE, *others.HARMLESS} <= words
 
 
 def test_the_api_page_names_every_path_and_no_other():
@@ -78,7 +87,9 @@ def test_the_api_page_names_every_error_code():
 def test_the_api_page_names_every_metric_and_no_other():
     metrics, engine = Metrics(), Engine(Echo())
     metrics.serve("echo", engine)
-    page = metrics.page().decode()
+    upstream = Metrics()
+    upstream.serve_upstreams("echo", Upstreams([Upstream("http://x", model=None, key=None, silence_s=1)], 1))
+    page = metrics.page().decode() + upstream.page().decode()
     engine.close()
     real = {name for name in re.findall(r"^# TYPE (\w+)", page, re.MULTILINE) if not name.endswith("_created")}
     told = set(re.findall(r"r1_\w+", _read("docs/api.md")))

@@ -31,7 +31,7 @@ HEAVY: dict[str, tuple[str, ...]] = {  # top-level module -> where it may be imp
     "torch": ("backends/pytorch*.py", "quantize/pytorch*.py", "train/*.py"),
     "mlx": ("backends/mlxlm*.py", "quantize/mlxlm*.py"),
     "mlx_lm": ("backends/mlxlm*.py", "quantize/mlxlm*.py"),
-    "transformers": (),
+    "transformers": ("backends/pytorch*.py", "quantize/pytorch*.py"),
     "huggingface_hub": (),
     "llguidance": (),
     "jinja2": (),
@@ -41,6 +41,7 @@ HEAVY: dict[str, tuple[str, ...]] = {  # top-level module -> where it may be imp
     "sse_starlette": WEB,
     "pydantic": WEB,
     "prometheus_client": WEB,
+    "httpx": WEB,
 }
 RUNTIMES = ("llamacpp", "mlxlm", "pytorch")  # a backend's files begin with its name; `open.py` alone asks for them
 

@@ -56,6 +56,17 @@ def remote(monkeypatch, tmp_path):
             "tokenizer.json": b"{}",
             "logo.png": b".",
         },
+        "org/Both": {"Both-Q4_K_M.gguf": Q4, "model.safetensors": b"weights", "config.json": b"{}"},
+        "org/Copies": {
+            "model-00001-of-00002.safetensors": b"one",
+            "model-00002-of-00002.safetensors": b"two",
+            "consolidated.safetensors": b"both",
+            "adapter_model.safetensors": b"something else",
+            "added_tokens.json": b"{}",
+            "config.json": b"{}",
+            "modeling.py": b"import os",
+        },
+        "org/Pickles": {"pytorch_model.bin": b".", "config.json": b"{}"},
         "org/Empty": {"README.md": b"soon"},
     }
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
@@ -144,7 +155,39 @@ def test_safetensors_come_with_their_config_and_nothing_else(remote):
     assert resolve("org/Weights", offline=True) == files
 
 
+def test_of_a_checkpoint_the_weights_come_once_and_no_programs(remote):
+    files = resolve("org/Copies", progress=False)
+    assert [path.name for path in files.paths] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert sorted(path.name for path in files.paths[0].parent.iterdir()) == [
+        "added_tokens.json",
+        "config.json",
+        *(path.name for path in files.paths),
+    ]
+
+
+def test_safetensors_can_be_asked_for_where_there_is_a_gguf_too(remote):
+    assert resolve("org/Both", progress=False).format == "gguf"
+    assert [path.name for path in resolve("org/Both:safetensors", progress=False).paths] == ["model.safetensors"]
+    assert resolve("org/Both:safetensors", offline=True).format == "safetensors"
+
+
+def test_a_local_checkpoint_is_a_folder(tmp_path):
+    folder = tmp_path / "DeepSeek-R1-Distill-Mine"
+    folder.mkdir()
+    for name in ("config.json", "pytorch_model.bin", "training_args.bin"):
+        (folder / name).write_text("{}")
+    files = resolve(str(folder))
+    assert (files.format, [path.name for path in files.paths]) == ("pickle", ["pytorch_model.bin"])
+    (folder / "model.safetensors").write_text("{}")
+    files = resolve(str(folder))
+    assert (files.format, [path.name for path in files.paths]) == ("safetensors", ["model.safetensors"])
+    assert (files.name, files.advice) == ("DeepSeek-R1-Distill-Mine", R1_ADVICE)
+    assert resolve(str(folder / "model.safetensors")) == files
+
+
 NOT_FOUND = {
+    "org/Pickles": "org/Pickles has neither GGUF nor safetensors files, only pickles, which can run any program when "
+    "they are loaded",
     "org/Many-GGUF": "org/Many-GGUF has no Q4_K_M; it has Q5_K_M, Q8_0",
     "org/Many-GGUF:Q2_K": "org/Many-GGUF has no Q2_K; it has Q5_K_M, Q8_0",
     "org/Twins-GGUF": "org/Twins-GGUF has 2 models in Q4_K_M: A-Q4_K_M.gguf, B-Q4_K_M.gguf",

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
+import server_fixtures as fixtures
 
 KEY = "sk-of-the-test"
 PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}

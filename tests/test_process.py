@@ -6,7 +6,6 @@ Nothing here is mocked: processes are started as a user starts them, clients are
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -15,17 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import server_fixtures as fixtures
 
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
 said, plain, within, Process = fixtures.said, fixtures.plain, fixtures.within, fixtures.Process
 
 CHAT = "/v1/chat/completions"
@@ -168,8 +162,17 @@ ALONE = {  # flags, environment -> in the error
 @pytest.mark.parametrize(("flags", "environment", "words"), ALONE.values(), ids=ALONE)
 def test_a_wrong_flag_is_told_with_its_limit(flags, environment, words):
     code, stdout, stderr = command("serve", "echo", *flags, environment=environment)
-    assert (code, stdout, "Traceback" in stderr) == (2, "", False), stderr
-    assert "error: " in stderr.splitlines()[-1] and words in stderr.splitlines()[-1]
+    error, hint = one_line_and_a_hint(stderr)
+    assert (code, stdout, words in error) == (2, "", True), stderr
+    assert hint == "hint: stillhouse serve --help tells what there is"
+
+
+@pytest.mark.parametrize("words", [["chat", "--seed", "x"], ["list", "--nope"], ["rm"], ["conformance"]], ids=" ".join)
+def test_a_wrong_flag_of_any_command_is_told_in_one_line(words):
+    code, stdout, stderr = command(*words)
+    error, hint = one_line_and_a_hint(stderr)
+    assert (code, stdout, error.startswith("error: ")) == (2, "", True)
+    assert f"stillhouse {words[0]} --help" in hint
 
 
 def test_a_key_file_or_a_template_that_cannot_be_read_is_told_in_one_line(tmp_path):

@@ -5,6 +5,8 @@ With R1's real vocabulary and template where they are at hand, and SmolLM2's.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -370,6 +372,38 @@ def test_a_bad_template_is_told_and_reaches_nothing(source, message):
     """A template that divided by zero or called itself for ever was an error of ours, not of its file."""
     with pytest.raises(BadPrompt, match=message):
         r1(source).render(HELLO)
+
+
+NESTED = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+ENDLESS = {
+    "loops in loops": (NESTED, "did not come to an end"),
+    "messages over and over": ("{% for m in messages * 999 %}" * 5 + "{% endfor %}" * 5, "did not come to an end"),
+    "a macro that calls itself twice": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "did not come to an end",
+    ),
+    "a text of ten thousand million": ("{{ 'a' * 10 ** 10 }}", "too large"),
+    "a list of ten thousand million": ("{{ 10 ** 10 * [1] }}", "too large"),
+    "a power of powers": ("{{ 10 ** (10 ** 10) }}", "too large"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_goes_on_for_ever_is_ended(monkeypatch, source, message):
+    """It kept its worker thread for ever."""
+    monkeypatch.setattr("stillhouse.r1.template.LIMIT_S", 0.05)
+    before = sys.gettrace()
+    started = time.thread_time()
+    with pytest.raises(BadPrompt, match=message):
+        r1(source).render(HELLO)
+    assert time.thread_time() - started < 2
+    assert sys.gettrace() is before
+
+
+def test_a_very_long_conversation_is_no_endless_one(monkeypatch):
+    monkeypatch.setattr("stillhouse.r1.template.LIMIT_S", 5.0)
+    turns = [Message(("user", "assistant")[i % 2], "word " * 20) for i in range(9_999)]
+    assert r1().render(turns).text.count("word") == 20 * 9_999
 
 
 def test_a_template_may_use_what_transformers_offers():

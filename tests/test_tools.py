@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import server_fixtures as fixtures
+from tool_templates import FOLDER, REAL, TEMPLATES
 
 from stillhouse.backends.echo import EchoVocabulary
+from stillhouse.r1.gguf import read_header
 from stillhouse.r1.grammar import Grammars
 from stillhouse.r1.messages import Message, ToolCall
 from stillhouse.r1.prompt import ChatTemplate
-from stillhouse.r1.tools import CallParser, Format, Tool, ToolUse, form_of_calls, format_of, told_in_prompt
+from stillhouse.r1.tool_formats import NATIVE, PROMPTED, Calls, Format, calls_in
+from stillhouse.r1.tools import CallParser, Tool, ToolUse, form_of_calls, told_in_prompt
 
-_spec = importlib.util.spec_from_file_location("server_fixtures", Path(__file__).with_name("server_fixtures.py"))
-assert _spec is not None and _spec.loader is not None
-fixtures = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fixtures
-_spec.loader.exec_module(fixtures)
 said, plain = fixtures.said, fixtures.plain
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Now.", "parameters": CITY}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 TOOLS = (Tool("get_weather", "Now.", CITY), Tool("clock"))
-TEMPLATES = {
-    "prompted": "{% for m in messages %}{{ m.content }}{% endfor %}",
-    "hermes": "{% if tools %}<tool_call>{% endif %}",
-    "llama3": '{% if tools %}<|start_header_id|>{"name": function name, "parameters": {}}{% endif %}',
-    "deepseek": "{% if tools %}<｜tool▁calls▁begin｜>```json{% endif %}",
-    "deepseek3.1": "{% if tools %}<｜tool▁calls▁begin｜>{% endif %}",
-}
-FORMATS = {name: format_of(template) for name, template in TEMPLATES.items()}
+FORMATS = {form.name: form for form in (PROMPTED, *NATIVE)}
 
 
 def written(city: str = "Oslo") -> str:
@@ -157,6 +146,21 @@ def test_a_required_call_can_be_read_whatever_the_model_would_say(server, seed):
     jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
 
 
+@pytest.mark.parametrize("stop", [None, [",", "}"]])
+def test_every_one_of_n_answers_has_the_form_whole_and_streamed(server, stop):
+    form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}
+    body = said("x", n=3, response_format=form, seed=4, temperature=1.3, max_tokens=900, thinking_budget=20, stop=stop)
+    choices = server.chat(body)["choices"]
+    texts = dict.fromkeys(range(3), "")
+    for chunk in server.stream(body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert [choice["message"]["content"] for choice in choices] == list(texts.values())
+    for text in texts.values():
+        jsonschema.validate(json.loads(text), CITY)
+
+
+STRICT = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
 ASKED = {"role": "user", "content": "x"}
 CALLED = {
     "role": "assistant",
@@ -188,6 +192,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a schema that can't be kept": (
         {"tools": [CLOCK, {"type": "function", "function": {"name": "f", "parameters": NEVER}}]},
         "tools.1.function.parameters.properties.a.not",
+        "leave it out",
+    ),
+    "a strict one that can't be kept": (
+        {"tools": [{"type": "function", "function": STRICT}]},
+        "tools.0.function.parameters.properties.a.not",
+        "leave it out",
+    ),
+    "a strict schema that can't be kept": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": NEVER}}},
+        "response_format.json_schema.schema.properties.a.not",
         "leave it out",
     ),
     "parameters that are no object": (
@@ -224,15 +238,69 @@ def test_what_cannot_be_done_is_a_400_that_names_its_field(server, fields, param
 # Formats
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_tells_the_format_of_its_calls(template):
-    assert format_of(TEMPLATES[template]).name == template
+@pytest.mark.parametrize(("source", "name"), TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_tells_the_format_of_its_calls_by_writing_one(source, name):
+    assert calls_in(source).format.name == name
 
 
-def test_a_template_with_a_way_of_its_own_is_not_guessed_at():
-    assert format_of("{% if tools %}<tool_call><function={% endif %}").name == "prompted"
-    assert format_of("{% if tools %}[TOOL_CALLS]{% endif %}").name == "prompted"
-    assert format_of(None).name == "prompted"
+def real(name: str) -> str:
+    file = FOLDER / f"{name}.jinja"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there; .ci/run unpacks it from llama-cpp-python's source")
+    return file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("template", "name"), REAL.items())
+def test_a_makers_own_template_tells_it_too(template, name):
+    """GLM's was taken for Hermes', since it has `<tool_call>` in it, with another form inside."""
+    assert calls_in(real(template)).format.name == name
+
+
+def test_a_template_that_says_nothing_of_tools_or_is_broken_is_not_guessed_at():
+    for source in (
+        None,
+        "",
+        "{{ messages }}",
+        "{% if tools %}<tool_call>{% endif %}",
+        "{% for tools",
+        "{{ tools.x.y }}",
+    ):
+        assert calls_in(source) == Calls(PROMPTED)
+
+
+HISTORY = [
+    Message("user", "How is it in Oslo?"),
+    Message("assistant", "", calls=(ToolCall("callone00", "get_weather", '{"city": "Oslo"}'),)),
+    Message("tool", "it-snows", call_id="callone00"),
+]
+BY_TEMPLATE = {f"{name}, ours": source for name, (source, _) in TEMPLATES.items()} | dict.fromkeys(REAL)
+
+
+@pytest.mark.parametrize("name", BY_TEMPLATE)
+def test_a_template_is_given_tools_calls_and_results_in_the_way_it_knows(name):
+    source = BY_TEMPLATE[name] or real(name)
+    form = calls_in(source).format
+    template = ChatTemplate(source, ["<tool_call>", "<|im_start|>"], bos="<s>", eos="</s>")
+    use = ToolUse(TOOLS)
+    if form.name == "prompted":
+        text = template.render(told_in_prompt(HISTORY, use, form)).text
+    else:
+        text = template.render(HISTORY, tools=[tool.json for tool in TOOLS]).text
+    squeezed = "".join(text.split())
+    assert "".join(form.calls(HISTORY[1].calls).split()) in squeezed
+    assert "it-snows" in text and '"city"' in text and "clock" in text
+
+
+def test_r1s_real_template_is_told_in_words(r1_vocabulary_path):
+    """A distill's template writes calls down in DeepSeek's way, but its model was never trained on them."""
+    source = read_header(r1_vocabulary_path).chat_template
+    assert "<｜tool▁calls▁begin｜>" in source and calls_in(source) == Calls(PROMPTED)
+    control = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+    prompt = ChatTemplate(source, control).render(told_in_prompt(HISTORY, ToolUse(TOOLS), PROMPTED))
+    first, second = prompt.text.split("<｜User｜>")[1:]
+    assert json.dumps(TOOLS[0].json["function"]) in first and PROMPTED.calls(HISTORY[1].calls) in first
+    assert "<tool_response>\nit-snows\n</tool_response>" in second
+    assert prompt.thinking == "open"
 
 
 @pytest.mark.parametrize("must_call", [True, False])

@@ -10,6 +10,7 @@ import sys
 
 from ... import __version__
 from ...r1.errors import UserError
+from ...r1.flags import Flags
 from . import cases_answer, cases_budget, cases_split, cases_turns  # noqa: F401 - they put themselves on the list
 from .client import Client
 from .suite import CASES, Result, run_cases, score
@@ -24,7 +25,7 @@ The exit code is 0 where no case fails, and 1 where one does. docs/conformance.m
 
 def run(command: str, argv: list[str]) -> int:
     """Run the suite; the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         prog=f"stillhouse {command}",
         description="Try a server's handling of a reasoning model's thoughts, case by case.",
         epilog=_EXAMPLES,

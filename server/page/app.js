@@ -7,6 +7,7 @@ import { Run } from "./run.js";
 import { askForKey, drawEffort, lastSettings, wireKey, wireSettings, wireTheme } from "./settings.js";
 import { drawList } from "./sidebar.js";
 import * as store from "./store.js";
+import { ResultView } from "./tools.js";
 import { QuestionView, ReplyView, fitHeight, isTouch, number, sends } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
@@ -16,6 +17,7 @@ const EXAMPLES = [
   ["A program", "Write a Python function that tells whether a text is a palindrome, and explain it."],
 ];
 const SAVE_EVERY_MS = 1500;
+const VIEWS = { user: QuestionView, assistant: ReplyView, tool: ResultView };
 
 let current = talk.create(lastSettings());
 let views = new Map(); // message id -> its view; of the conversation that is shown
@@ -71,7 +73,7 @@ function drawConversation() {
   const nodes = talk.path(current);
   const run = runs.get(current.id);
   const elements = nodes.map((node, at) => {
-    if (!views.has(node.id)) views.set(node.id, new (node.role === "user" ? QuestionView : ReplyView)(node, actions));
+    if (!views.has(node.id)) views.set(node.id, new VIEWS[node.role](node, actions));
     const view = views.get(node.id);
     view.draw({
       siblings: talk.siblings(current, node),
@@ -214,10 +216,16 @@ const actions = {
     node.content = "";
     node.reasoning = "";
     node.stats = {};
+    delete node.calls;
     views.delete(node.id);
     return run(node);
   },
   goOn: (node) => run(node),
+  sendResults(node, results) {
+    node.calls.forEach(({ id, name }, at) => talk.add(current, current.leaf, { role: "tool", content: results[at], call_id: id, name }));
+    $("input").focus();
+    return answer(current.leaf);
+  },
   copy,
   isFolded: () => store.recall("folded") === "yes",
   keepFolded: (folded) => store.keep("folded", folded ? "yes" : "no"),

@@ -1,7 +1,15 @@
 // One reply in the making: what comes from the server goes into its message, and what happened when is kept with it.
 
-import { chat, endThinking } from "./api.js";
+import { ApiError, chat, endThinking } from "./api.js";
 import { requestBody } from "./conversation.js";
+
+function bodyOf(conversation, leaf, model) {
+  try {
+    return requestBody(conversation, leaf, model);
+  } catch (error) {
+    throw new ApiError(error.message, 400);
+  }
+}
 
 export class Run {
   /** `changed(run)` is called for every piece, and once more when it has ended. */
@@ -21,13 +29,13 @@ export class Run {
   async start() {
     const { node } = this;
     const resumed = node.content || node.reasoning;
-    const body = requestBody(this.conversation, resumed ? node.id : node.parent, this.model);
     node.finish = "stopped"; // until it ends: so a page that is closed meanwhile leaves it
     delete node.error;
     node.stats = { ...this._before };
     this._start = performance.now();
     let usage = null;
     try {
+      const body = bodyOf(this.conversation, resumed ? node.id : node.parent, this.model);
       for await (const chunk of chat(body, this._abort.signal)) {
         this.id = chunk.id;
         usage = chunk.usage ?? usage;
@@ -92,6 +100,15 @@ export class Run {
       if (this.phase !== "answering") this._endThoughts();
       node.stats.first_answer_s ??= (now - this._start) / 1000;
       node.content += delta.content;
+      this.phase = "answering";
+      this._count("content", now);
+    }
+    for (const piece of delta.tool_calls ?? []) {
+      if (this.phase !== "answering") this._endThoughts();
+      node.stats.first_answer_s ??= (now - this._start) / 1000;
+      node.calls ??= [];
+      if (piece.id) node.calls[piece.index] = { id: piece.id, name: piece.function.name, arguments: "" };
+      node.calls[piece.index].arguments += piece.function.arguments ?? "";
       this.phase = "answering";
       this._count("content", now);
     }

@@ -1,7 +1,7 @@
 // The parameters of a conversation, the API key and the colours.
 
 import { hasKey, useKey } from "./api.js";
-import { NUMBERS } from "./conversation.js";
+import { NUMBERS, TEXTS, readSchema, readTools } from "./conversation.js";
 import { make } from "./render.js";
 import { keep, recall } from "./store.js";
 import { number } from "./view.js";
@@ -30,7 +30,12 @@ export function wireSettings(current, changed) {
     else current().settings[name] = value;
     take();
   };
-  $("s-system").oninput = (event) => set("system", event.target.value);
+  for (const name of TEXTS) {
+    $(`s-${name}`).oninput = ({ target }) => {
+      set(name, target.value);
+      drawTexts(current().settings);
+    };
+  }
   for (const name of NUMBERS) {
     $(`s-${name}`).oninput = ({ target }) => {
       if (target.validity.badInput) return;
@@ -48,10 +53,11 @@ export function wireSettings(current, changed) {
     take();
     drawSettings(current().settings);
   };
-  $("open-settings").onclick = () => {
+  const open = () => {
     drawSettings(current().settings);
     $("settings").showModal();
   };
+  $("open-settings").onclick = $("in-use").onclick = open;
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.querySelector("[data-close]").onclick = () => dialog.close();
     dialog.addEventListener("click", (event) => {
@@ -66,12 +72,39 @@ const isOutside = (dialog, { clientX: x, clientY: y }) => {
 };
 
 function drawSettings(settings) {
-  $("s-system").value = settings.system ?? "";
+  for (const name of TEXTS) $(`s-${name}`).value = settings[name] ?? "";
+  drawTexts(settings);
   for (const name of NUMBERS) $(`s-${name}`).value = settings[name] ?? "";
   drawEffort(settings);
 }
 
-export function drawEffort({ effort = "", budget }) {
+const READERS = { tools: readTools, schema: readSchema };
+
+/** What is wrong with the tools and the schema, below them. */
+function drawTexts(settings) {
+  for (const [name, read] of Object.entries(READERS)) {
+    let words = "";
+    try {
+      if (settings[name]?.trim()) read(settings[name]);
+    } catch (error) {
+      words = `${error.message}.`;
+    }
+    $(`s-${name}`).setCustomValidity(words);
+    $(`s-${name}-wrong`).textContent = words;
+  }
+  drawInUse(settings);
+}
+
+/** Beside the message: what an answer is held to, or may call. */
+export function drawInUse({ tools, schema }) {
+  const parts = [tools?.trim() && "Tools", schema?.trim() && "JSON"].filter(Boolean);
+  $("in-use").hidden = !parts.length;
+  $("in-use").textContent = parts.join(" + ");
+}
+
+export function drawEffort(settings) {
+  const { effort = "", budget } = settings;
+  drawInUse(settings);
   const options = Object.entries(EFFORTS).map(([value, text]) => make("option", { value }, text));
   if (budget != null) options.push(make("option", { value: "budget" }, `${number(budget)} tokens`));
   $("effort").replaceChildren(...options);

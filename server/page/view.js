@@ -1,6 +1,7 @@
 // How a message looks. Knows what can be done with one by the names of the `actions` it is given, not how.
 
 import { Markdown, icon, make } from "./render.js";
+import { Calls } from "./tools.js";
 
 export const number = (value, digits = 0) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replaceAll(",", " ");
@@ -79,10 +80,11 @@ export class ReplyView {
     this.waiting = make("p", { class: "waiting", hidden: true }, "Reading…");
     const answer = make("div", { class: "answer" });
     this.answer = new Markdown(answer);
+    this.calls = new Calls(node, actions);
     this.notice = make("div", { class: "notice", hidden: true });
     this.tools = make("div", { class: "tools" });
     this.stats = make("span", { class: "stats" });
-    this.element = make("article", { class: "message assistant", "aria-label": "Reply" }, this.thoughts, this.waiting, answer, this.notice, this.tools);
+    this.element = make("article", { class: "message assistant", "aria-label": "Reply" }, this.thoughts, this.waiting, answer, this.calls.element, this.notice, this.tools);
   }
 
   /** The text as it has come so far: all that changes from token to token. */
@@ -92,6 +94,7 @@ export class ReplyView {
     const started = this.element.classList.contains("thinking") !== thinking;
     this.element.classList.toggle("thinking", thinking);
     this.waiting.hidden = run?.phase !== "waiting" || Boolean(node.content);
+    if (run) this.calls.draw(run);
     if (node.reasoning?.trim()) {
       this.thoughts.hidden = false;
       if (started && !this.touched) this.thoughts.open = thinking && !this.actions.isFolded();
@@ -107,6 +110,7 @@ export class ReplyView {
     const { node, actions } = this;
     this.element.classList.toggle("live", Boolean(run));
     this.drawText(run);
+    this.calls.draw(run, isLast);
     this._drawNotice(run, isLast, contextLength);
     if (run) return this.tools.replaceChildren(this.stats);
     this.stats.textContent = this._finalStats();
@@ -153,13 +157,13 @@ export class ReplyView {
   _drawNotice(run, isLast, contextLength) {
     const { node, actions } = this;
     const { finish, error, stats = {} } = node;
-    const goOn = isLast && (node.content || node.reasoning) ? [textButton("Continue", () => actions.goOn(node))] : [];
+    const goOn = isLast && (node.content || node.reasoning) && !node.calls?.length ? [textButton("Continue", () => actions.goOn(node))] : [];
     const again = isLast ? [textButton("Try again", () => actions.retry(node))] : [];
     let parts = null;
     if (run) parts = null;
     else if (finish === "error") parts = [error, ...again, ...goOn];
     else if (finish === "length" && contextLength && stats.context >= contextLength) parts = [`Cut: the context of ${number(contextLength)} tokens is full.`];
-    else if (finish === "length") parts = ["Cut at max_tokens.", ...goOn];
+    else if (finish === "length") parts = ["Cut at max_tokens.", ...(goOn.length ? goOn : again)];
     else if (finish === "stopped") parts = ["Stopped.", ...(goOn.length ? goOn : again)];
     this.notice.hidden = !parts;
     this.notice.classList.toggle("bad", finish === "error");

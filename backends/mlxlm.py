@@ -1,0 +1,273 @@
+"""Checkpoints through MLX with continuous batching, on Apple's GPUs and on any CPU. Knows nothing of HTTP or `<think>`.
+
+A prompt, a forced run of tokens and a reply that lost its place are all the same thing here: tokens that are known and
+not yet decoded (`todo`). All but the last are read in chunks, each reply by itself; the last joins the rows, in which
+one call of the model takes every reply a token further. Logits are only ever computed there.
+
+mlx-lm's own BatchGenerator is the level above: it is always one token ahead of its caller, which a steer cannot be.
+"""
+
+# pyright: reportMissingModuleSource=false
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections import deque
+from typing import NoReturn
+
+import numpy as np
+
+from . import mlxlm_load
+from .base import BackendFailed, GenerationRequest, Load, LoadOptions, Token
+from .checkpoint import Checkpoint
+from .draft import Draft
+from .hf_vocabulary import read_vocabulary
+from .kvcache import common_prefix, token_array
+from .mlxlm_cache import Kept, Rows, State, cut
+from .mlxlm_load import make_prompt_cache, mx
+from .pace import Pace
+from .prefixstore import PrefixStore, Stored
+from .rowsampler import Breakers, RowSampler, next_tokens
+
+_WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
+_WORTH_COPYING = 8  # tokens: fewer are read again as quickly
+_SHORT_RUN = 4  # tokens: so short a run is read beside the others, a token a step, instead of by itself
+
+
+class _Running:
+    """A reply in progress."""
+
+    __slots__ = ("draft", "sampler", "state", "todo", "tokens")
+
+    def __init__(self, draft: Draft, sampler: RowSampler) -> None:
+        self.draft = draft
+        self.sampler = sampler
+        self.state: State | None = None  # None in the rows, and while it waits
+        self.tokens = token_array(())  # decoded
+        self.todo = token_array(draft.request.prompt_ids)  # known and not yet decoded
+
+
+class MlxLm:
+    """A checkpoint in memory. Not thread-safe, but for `vocabulary` and `load`."""
+
+    name = "mlx"
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        mlxlm_load.choose_device(options)
+        fitted = mlxlm_load.fit(checkpoint, options)
+        self.context_length = fitted.context
+        self.vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config.get("vocab_size"))
+        self._model = mlxlm_load.load(checkpoint, options)
+        self._cells = fitted.cache_tokens
+        self._parallel = options.parallel
+        self._pace = Pace(options.batch_tokens)
+        self._breakers = Breakers(self.vocabulary)
+        self._rows: Rows[_Running] = Rows()
+        self._store = PrefixStore(fitted.cache_tokens)  # of replies that ended; its unit is the token
+        self._waiting: deque[_Running] = deque()
+        self._idle: deque[_Running] = deque()  # work for when nothing else is to do
+        self._running: list[_Running] = []  # in the order they came
+        self._crowded = False  # a reply had to give its cells up: none comes in before one has gone
+
+    # The contract
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises `PromptTooLong`."""
+        draft = Draft(request, self.vocabulary, self.context_length)
+        reply = _Running(draft, RowSampler(request, self.vocabulary, self._breakers))
+        (self._idle if request.idle else self._waiting).append(reply)
+
+    def step(self) -> list[Token]:
+        """A chunk of the prompts, and one drawn token for every reply that has nothing left to decode."""
+        try:
+            self._admit()
+            if not self._running:
+                return []
+            self._read()
+            drawing, logits = self._advance()
+        except Exception as error:  # mostly memory; the library has no family of errors of its own
+            self._fail(f"MLX failed: {str(error).strip() or type(error).__name__}")
+        if not np.isfinite(logits[:, 0]).all():
+            self._fail("the model's logits are not numbers: the weights are damaged, or their type overflows here")
+        tokens: list[Token] = []
+        ended: list[_Running] = []
+        for reply in [reply for reply in self._running if reply in drawing]:  # in the order they came
+            self._draw(reply, logits[drawing[reply]], tokens, ended)
+        self._release(ended)
+        return tokens
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request. What is decoded of it is kept for the next prompt that begins like it."""
+        for queue in (self._waiting, self._idle, self._running):
+            for reply in queue:
+                if reply.draft.request.id == request_id:
+                    if queue is self._running:
+                        self._release([reply])
+                    else:
+                        queue.remove(reply)
+                    return
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        return Load(len(self._running), len(self._waiting), self._used() + self._store.size, self._cells)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._forget_all()
+        del self._model
+        mx.synchronize()
+        mx.clear_cache()
+        if threading.current_thread() is not threading.main_thread():
+            mx.clear_streams()  # those of a thread that has ended would abort the process at its end
+
+    # A step, phase by phase
+
+    def _admit(self) -> None:
+        """Let waiting requests in, in order, each starting from the longest prefix that is in memory."""
+        if self._waiting:
+            self._park_idle()
+        if self._crowded and self._running:
+            return
+        self._crowded = False
+        queue = self._waiting or (self._idle if not self._running else deque())
+        kept: deque[_Running] = deque()
+        while queue and len(self._running) < self._parallel:
+            reply = queue.popleft()
+            being_read = (other for other in self._running if len(other.todo) > 1)
+            soon = max((common_prefix(_whole(other), reply.todo) for other in being_read), default=0)
+            source, found = self._longest_prefix(reply.todo)
+            if soon >= _WORTH_WAITING and soon >= found + _WORTH_WAITING:
+                kept.append(reply)
+                continue
+            if self._running and self._used() + len(reply.todo) > self._cells:
+                kept.append(reply)
+                break
+            self._begin(reply, source, found)
+        queue.extendleft(reversed(kept))
+
+    def _park_idle(self) -> None:
+        """Send idle work back to its queue; what it has decoded is kept, where it will find it again."""
+        idle = [reply for reply in self._running if reply.draft.request.idle]
+        self._release(idle)
+        for reply in idle:
+            reply.todo, reply.tokens = _whole(reply), token_array(())
+            self._idle.append(reply)
+
+    def _longest_prefix(self, prompt: array[int]) -> tuple[_Running | Stored | None, int]:
+        """Whose state begins most like a prompt, and how many tokens need not be read: the last must, it speaks."""
+        source: _Running | Stored | None
+        source, length = self._store.longest_prefix(prompt)
+        for other in self._running:
+            common = common_prefix(other.tokens, prompt)
+            if common > length:
+                source, length = other, common
+        length = min(length, len(prompt) - 1)
+        return (source, length) if length >= _WORTH_COPYING else (None, 0)
+
+    def _begin(self, reply: _Running, source: _Running | Stored | None, length: int) -> None:
+        if isinstance(source, Stored):
+            self._store.touch(source)
+            reply.state = cut(source.data.state, length)
+        elif source is not None:
+            reply.state = self._rows.prefix(source, length) if source.state is None else cut(source.state, length)
+        else:
+            reply.state = make_prompt_cache(self._model)
+        reply.tokens, reply.todo = reply.todo[:length], reply.todo[length:]
+        reply.draft.start(length)
+        self._running.append(reply)
+
+    def _read(self) -> None:
+        """Read known tokens but for each reply's last, in the order they came, up to a chunk."""
+        in_rows = set(self._rows.members)
+        reading = [reply for reply in self._running if len(reply.todo) > 1]
+        if len(in_rows) > 1:
+            reading = [reply for reply in reading if reply not in in_rows or len(reply.todo) > _SHORT_RUN]
+        self._rows.leave([reply for reply in reading if reply in in_rows], keep=True)
+        room = self._pace.chunk(replying=bool(self._rows.members))
+        for reply in reading:
+            count = min(len(reply.todo) - 1, room)
+            self._make_room(count)
+            state = reply.state
+            if not count or state is None:  # it may have had to give its own cells up
+                continue
+            started = time.perf_counter()
+            self._model(mx.array([list(reply.todo[:count])]), cache=state)
+            mx.eval([(layer.keys, layer.values) for layer in state])  # the logits are not, and so never computed
+            mx.clear_cache()
+            self._pace.note(count, time.perf_counter() - started)
+            reply.tokens, reply.todo = reply.tokens + reply.todo[:count], reply.todo[count:]
+            room -= count
+
+    def _advance(self) -> tuple[dict[_Running, int], np.ndarray]:
+        """Take every reply with a known last token further; the rows of those that draw now, and all rows' logits."""
+        self._rows.join([reply for reply in self._running if reply.state is not None and len(reply.todo) == 1])
+        self._make_room(len(self._rows.members))
+        members = self._rows.members
+        if not members:
+            return {}, np.zeros((0, 1), np.float32)
+        ids = mx.array([[reply.todo[0]] for reply in members])  # (B, 1)
+        logits = self._model(ids, cache=self._rows.state)[:, -1].astype(mx.float32)  # (B, V)
+        mx.eval(logits)
+        for reply in members:
+            reply.tokens.append(reply.todo.pop(0))
+        return {reply: row for row, reply in enumerate(members) if not reply.todo}, np.array(logits)
+
+    def _draw(self, reply: _Running, logits: np.ndarray, tokens: list[Token], ended: list[_Running]) -> None:
+        """Draw the next token of one reply, or take those its steer forces."""
+        if reply.draft.request.max_tokens == 0:
+            drawn = [reply.draft.read()]
+        else:
+            drawn = next_tokens(reply.draft, reply.sampler, logits)
+            reply.todo.extend(token.token_id for token in drawn)
+        tokens += drawn
+        if drawn[-1].finish:
+            ended.append(reply)
+
+    def _make_room(self, count: int) -> None:
+        """Have room for so many tokens more: what is kept goes first, then the youngest reply's."""
+        while True:
+            used = self._used()
+            self._store.shrink(max(0, self._cells - used - count))
+            if used + count <= self._cells or len(self._running) == 1:  # a context is never larger than the cache
+                return
+            youngest = self._running.pop()
+            self._rows.leave([youngest])
+            youngest.state, youngest.todo, youngest.tokens = None, _whole(youngest), token_array(())
+            (self._idle if youngest.draft.request.idle else self._waiting).appendleft(youngest)
+            self._crowded = True
+
+    # What ends
+
+    def _release(self, replies: list[_Running]) -> None:
+        """Take replies out of the batch; what they have decoded is kept for prompts that begin with it."""
+        for reply in replies:
+            self._running.remove(reply)
+            if len(reply.tokens) >= _WORTH_COPYING:
+                self._store.put(reply.tokens, lambda reply=reply: self._keep(reply))
+            reply.state = None
+        self._rows.leave(replies)
+        self._crowded = self._crowded and not replies
+
+    def _keep(self, reply: _Running) -> Kept:
+        return Kept(self._rows.copy(reply) if reply.state is None else reply.state, len(reply.tokens))
+
+    def _used(self) -> int:
+        return sum(len(reply.tokens) for reply in self._running)
+
+    def _fail(self, reason: str) -> NoReturn:
+        """Give up every request: after a failed step the caches cannot be trusted, and memory may be short."""
+        self._forget_all()
+        mx.clear_cache()
+        raise BackendFailed(reason)
+
+    def _forget_all(self) -> None:
+        self._rows.clear()
+        self._store.clear()
+        self._running, self._waiting, self._idle = [], deque(), deque()
+
+
+def _whole(reply: _Running) -> array[int]:
+    """Every token of a reply that is known: decoded and to be decoded."""
+    return reply.tokens + reply.todo
