@@ -20,7 +20,7 @@ task = { name = "task.jsonl", held_out_size = 2, instruction = "" }
 optimizer = { lr = 1e-2, warmup = 0 }
 rollout = { weights = "f32", threads = 1, prompt_tokens = 64 }
 evaluation = { every = 0, items = 2, temperature = 0.3 }
-sft = { epochs = 20, batch = 8 }
+sft = { epochs = 40, batch = 8 }
 grpo = { steps = 1, prompts = 2, group = 4, max_tokens = 48, dynamic_sampling = false }
 
 [[stage]]
@@ -31,7 +31,7 @@ data = "data.jsonl"
 [[stage]]
 name = "reason"
 kind = "grpo"
-set = { "grpo.steps" = 2 }
+set = { "grpo.steps" = 2, "optimizer.lr" = 1e-4 }
 
 [[stage]]
 name = "harvest"

@@ -138,7 +138,7 @@ class Run:
         started = time.perf_counter()
         episodes, asked = self._collect()
         drawn_at = time.perf_counter()
-        useful = [episode for episode in episodes if episode.teaches]
+        useful = not self.learner.compares or any(episode.teaches for episode in episodes)
         record: dict[str, Any] = {"step": self.state.step, "kind": "grpo"}
         record |= describe(asked)
         record["useful"] = sum(episode.teaches for episode in asked) / len(asked)

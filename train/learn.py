@@ -6,7 +6,7 @@ Knows nothing of where episodes come from, of files, or of when to stop.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     exact: bool  # the engine computes with the trainer's own weights
     kl_stop: float  # nats a token between engine and trainer
+    compares: ClassVar[bool] = True  # replies with the others of their group: one whose replies are equal is no use
 
     def learn(self, episodes: list[Episode], step: int) -> Learned:
         """One or more optimizer steps on a batch of episodes."""

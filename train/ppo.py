@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class PpoLearner(Learner):
     """Learns from episodes with a critic in place of the group."""
 
     critic: Critic
+    compares: ClassVar[bool] = False
 
     def learn(self, episodes: list[Episode], step: int) -> Learned:
         """One update of policy and critic."""

@@ -350,7 +350,8 @@ def at_random(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]
 def _gym_score(name: str | None, given: str, entry: Any) -> float:
     import reasoning_gym
 
-    return float(reasoning_gym.get_score_answer_fn(name)(given, entry))
+    score: Any = reasoning_gym.get_score_answer_fn(str(name))
+    return float(score(given, entry))
 
 
 REWARDS: dict[str, Reward] = {
