@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..backends.machine import physical_cores
 from ..r1.errors import UserError
+from ..r1.flags import Flags, flags_of
 
 CODES = """exit codes:
   0 done   2 usage or bad input   3 the source is invalid   4 no space or memory   5 worse than --max-kld
@@ -40,18 +41,9 @@ def run(command: str, argv: list[str]) -> int:
     return {"quantize": _quantize, "verify": _verify}[command](argv)
 
 
-def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"stillhouse {command}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def quantize_parser() -> argparse.ArgumentParser:
+def quantize_parser() -> Flags:
     """The flags of `stillhouse quantize`."""
-    parser = _parser("quantize", "Turn a 16-bit checkpoint into 4-bit files, in one pass.", _QUANTIZE)
+    parser = flags_of("quantize", "Turn a 16-bit checkpoint into 4-bit files, in one pass.", _QUANTIZE)
     add = parser.add_argument
     add("source", help="a folder with safetensors, a hub id, or a GGUF file in 16 or 32 bits")
     add("types", nargs="?", default="", help="Q4_K_M, or several: Q4_K_M,IQ4_XS,Q8_0; also BF16, F16, mlx-4bit, nf4")
@@ -95,9 +87,9 @@ def quantize_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def verify_parser() -> argparse.ArgumentParser:
+def verify_parser() -> Flags:
     """The flags of `stillhouse verify`."""
-    parser = _parser("verify", "Check a quantized file.", _VERIFY)
+    parser = flags_of("verify", "Check a quantized file.", _VERIFY)
     parser.add_argument("file", type=Path, help="a GGUF file")
     parser.add_argument("--source", default="", metavar="SRC", help="what it was made from: a folder or a hub id")
     parser.add_argument("--strings", type=int, default=10_000, metavar="N", help="tokenized by both (default: 10000)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.machine import physical_cores
 from ..r1.errors import UserError
+from ..r1.flags import Flags, flags_of
 
 if TYPE_CHECKING:
     from .comparison import Request
@@ -40,18 +41,9 @@ def run(command: str, argv: list[str]) -> int:
     return {"calibrate": _calibrate, "measure": _measure}[command](argv)
 
 
-def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"stillhouse {command}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def calibrate_parser() -> argparse.ArgumentParser:
+def calibrate_parser() -> Flags:
     """The flags of `stillhouse calibrate`."""
-    parser = _parser("calibrate", "Have a model write reasoning traces, to calibrate it with.", _CALIBRATE)
+    parser = flags_of("calibrate", "Have a model write reasoning traces, to calibrate it with.", _CALIBRATE)
     add = parser.add_argument
     add("model", help="a catalogue name, a GGUF file or a hub id: whatever `stillhouse serve` can load")
     add("--prompts", type=Path, metavar="FILE", help="questions, one JSON object a line (default: the pack's)")
@@ -67,9 +59,9 @@ def calibrate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_parser() -> argparse.ArgumentParser:
+def measure_parser() -> Flags:
     """The flags of `stillhouse measure`."""
-    parser = _parser("measure", "Measure what a quantized model lost.", _MEASURE)
+    parser = flags_of("measure", "Measure what a quantized model lost.", _MEASURE)
     add = parser.add_argument
     add("file", help="the quantized model: a GGUF file, or a folder that transformers can load")
     add("--against", default="", metavar="SOURCE", help="what it was made from: a folder, a hub id, or a GGUF file")

@@ -15,7 +15,7 @@ from . import catalog
 from .cache import CachedModel, cache_folder, cached_models, remove, remove_unfinished, size_text, unfinished_bytes
 from .catalog import Choice
 from .errors import BadModelFile, ModelNotFound, UserError
-from .flags import Flags
+from .flags import flags_of
 from .gguf import Header, has_token, kv_bytes_per_token, read_header
 from .hub import ModelFiles, resolve
 
@@ -53,12 +53,7 @@ def run(command: str, argv: list[str]) -> int:
         "rm": ("Delete a downloaded model.", _rm),
     }
     description, function = commands[command]
-    parser = Flags(
-        prog=f"stillhouse {command}",
-        description=description,
-        epilog=_EXAMPLES[command],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of(command, description, _EXAMPLES[command])
     try:
         return function(parser, argv)
     except KeyboardInterrupt:

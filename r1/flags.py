@@ -14,3 +14,13 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the complaint, with the way to the list of flags."""
         raise UserError(message, f"{self.prog} --help tells what there is")
+
+
+def flags_of(command: str, description: str, examples: str = "") -> Flags:
+    """The parser of `stillhouse COMMAND`, with examples below its flags."""
+    return Flags(
+        prog=f"stillhouse {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

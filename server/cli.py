@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 from ..r1.errors import UserError
-from ..r1.flags import Flags
+from ..r1.flags import flags_of
 from . import settings as flags
 
 _SERVE_EXAMPLES = """examples:
@@ -31,12 +31,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    parser = Flags(
-        prog="stillhouse serve",
-        description="Serve a model to OpenAI clients.",
-        epilog=_SERVE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("serve", "Serve a model to OpenAI clients.", _SERVE_EXAMPLES)
     flags.add_model_flags(parser)
     flags.add_server_flags(parser)
     arguments = parser.parse_args(argv)
@@ -116,12 +111,7 @@ def _warn_of_strangers(settings: flags.Settings) -> None:
 
 
 def _chat(argv: list[str]) -> int:
-    parser = Flags(
-        prog="stillhouse chat",
-        description="Talk to a model in the terminal.",
-        epilog=_CHAT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("chat", "Talk to a model in the terminal.", _CHAT_EXAMPLES)
     parser.add_argument("question", nargs="*", help="ask this and end; without it, a conversation")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest reply, thoughts included")

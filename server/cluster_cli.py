@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..r1.catalog import find, missing
 from ..r1.cluster_plan import LINKS, Option, Plan, plan
 from ..r1.errors import UserError
+from ..r1.flags import Flags, flags_of
 
 _EXAMPLES = """examples:
   stillhouse cluster plan deepseek-r1:70b --memory 64,64,64,64
@@ -18,14 +19,14 @@ Memory bandwidth in GB/s: M4 120, M4 Pro 273, M4 Max 546, M2 Ultra 800, M3 Ultra
 
 def run(command: str, argv: list[str]) -> int:
     """Run one of the commands; the exit code."""
-    parser = argparse.ArgumentParser(prog=f"stillhouse {command}", description="Several Macs, one model.")
+    parser = flags_of(command, "Several Macs, one model.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     _add_plan(commands)
     arguments = parser.parse_args(argv)
     return _plan(arguments)
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_plan(commands: argparse._SubParsersAction[Flags]) -> None:
     parser = commands.add_parser(
         "plan",
         help="what fits, how it divides, and how fast it might be",

@@ -82,7 +82,7 @@ def checkpoint_path(random_checkpoint: ModuleType, tmp_path_factory: pytest.Temp
     return random_checkpoint.write_checkpoint(folder, random_checkpoint.random_model("qwen2"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def open_checkpoint() -> Callable[..., Backend]:
     """Opens a folder with PyTorch or MLX and some `LoadOptions`; skips where it is not installed."""
 

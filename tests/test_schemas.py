@@ -51,10 +51,22 @@ def opened(fixture: str) -> Callable[[pytest.FixtureRequest], tuple[Backend, tup
     return open_it
 
 
+def checkpoint(backend: str, *rooms: int) -> Callable[[pytest.FixtureRequest], tuple[Backend, tuple[int, ...]]]:
+    """A folder of random weights, through PyTorch or MLX."""
+
+    def open_it(request: pytest.FixtureRequest) -> tuple[Backend, tuple[int, ...]]:
+        open_checkpoint, folder = (request.getfixturevalue(name) for name in ("open_checkpoint", "checkpoint_path"))
+        return open_checkpoint(backend, folder, parallel=8), rooms
+
+    return open_it
+
+
 BACKENDS: dict[str, Any] = {  # one line each
     "echo": echo,
     "llama.cpp, random weights": pytest.param(opened("random_path"), marks=pytest.mark.slow),
     "llama.cpp, SmolLM2": pytest.param(opened("smollm2_path"), marks=pytest.mark.slow),
+    "pytorch, random weights": pytest.param(checkpoint("pytorch", 12, 60), marks=pytest.mark.slow),
+    "mlx, random weights": pytest.param(checkpoint("mlx", 12, 60), marks=pytest.mark.slow),
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..r1.errors import UserError
+from ..r1.flags import flags_of
 from .config import PRESETS, RunConfig, load_config
 
 _DESCRIPTION = """A small model gets better at what can be checked. In this order:
@@ -28,9 +29,7 @@ recipe: several stages as one file, as R1 was made. compare-ppo: what a value mo
 
 def run(command: str, argv: list[str]) -> int:
     """Run one sub-command; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog=f"stillhouse {command}", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags_of(command, _DESCRIPTION)
     commands = parser.add_subparsers(dest="step", metavar="STEP", required=True)
     functions: dict[str, Callable[[argparse.Namespace], int]] = {}
 

@@ -10,7 +10,7 @@ import sys
 
 from ... import __version__
 from ...r1.errors import UserError
-from ...r1.flags import Flags
+from ...r1.flags import flags_of
 from . import cases_answer, cases_budget, cases_split, cases_turns  # noqa: F401 - they put themselves on the list
 from .client import Client
 from .suite import CASES, Result, run_cases, score
@@ -25,12 +25,7 @@ The exit code is 0 where no case fails, and 1 where one does. docs/conformance.m
 
 def run(command: str, argv: list[str]) -> int:
     """Run the suite; the exit code."""
-    parser = Flags(
-        prog=f"stillhouse {command}",
-        description="Try a server's handling of a reasoning model's thoughts, case by case.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of(command, "Try a server's handling of a reasoning model's thoughts, case by case.", _EXAMPLES)
     parser.add_argument("url", help="base URL of an OpenAI-compatible server, up to /v1")
     parser.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
     parser.add_argument("--api-key", metavar="KEY", default=os.environ.get("OPENAI_API_KEY"), help="or OPENAI_API_KEY")
