@@ -35,7 +35,8 @@ class TorchScorer:
             raise BadModelFile(
                 f"transformers cannot load {folder.name}: {reason}", "is it a whole checkpoint?"
             ) from None
-        self._body, self._head = model.eval().model, model.lm_head
+        self._body: Any = model.eval().model
+        self._head: Any = model.lm_head
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocabulary_size: int = model.config.vocab_size
         begin = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]

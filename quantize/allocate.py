@@ -8,7 +8,7 @@ and MLX's are names to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..r1.errors import UserError
@@ -102,7 +102,7 @@ def _harm(costs: Costs, trust: float) -> dict[str, dict[str, float]]:
     return {name: {type: of(cost) for type, cost in types.items()} for name, types in costs.items()}
 
 
-def _pareto(types: dict[str, Cost], harm: dict[str, float]) -> Iterator[str]:
+def _pareto(types: Mapping[str, Cost], harm: dict[str, float]) -> Iterator[str]:
     """The types for which no other is both smaller and no worse, from the smallest on."""
     found = float("inf")
     for type in sorted(types, key=lambda type: (types[type].bytes, harm[type])):
