@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def times(states: Floats, head: Matrix) -> Floats:
 
 def save_states(path: Path, bases: Mapping[str, ExactBase], source: str) -> None:
     """Keep what the base said of some texts; its output matrix stays where it is."""
-    arrays = {f"{kind}/{name}": values for name, b in bases.items() for kind, values in _arrays(b)}
+    arrays: dict[str, Any] = {f"{kind}/{name}": values for name, b in bases.items() for kind, values in _arrays(b)}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, allow_pickle=False, source=np.array(source), **arrays)

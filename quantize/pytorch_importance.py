@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .importance import Importance, Sums
 from .kld import Ids
-from .pytorch_layers import Decoder
+from .pytorch_layers import Decoder, batches
 
 
 def collect(
@@ -22,8 +22,8 @@ def collect(
         for number in range(decoder.count):
             with decoder.layer(number) as layer:
                 hooks = [m.register_forward_pre_hook(watch(sums, name)) for name, m in layer.linears.items()]
-                for n, text in enumerate(hidden.split(1)):
-                    hidden[n : n + 1] = decoder.run(layer, text)
+                for some in batches(hidden):
+                    hidden[some] = decoder.run(layer, hidden[some])
                 for hook in hooks:
                     hook.remove()
             if progress:

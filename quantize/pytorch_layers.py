@@ -21,7 +21,15 @@ from .architectures import gguf_name
 from .kld import Floats, Ids, scored_from
 from .source import Checkpoint
 
+_TOKENS_AT_ONCE = 512  # a layer's own activations are for so many
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def batches(texts: Tensor) -> list[slice]:
+    """Which of the texts (N, T, …) are run together: as many as make up about 512 tokens, one at least."""
+    step = max(1, _TOKENS_AT_ONCE // texts.shape[1])
+    return [slice(start, start + step) for start in range(0, len(texts), step)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class Decoder:
     def embed(self, chunks: Ids) -> Tensor:
         """Token ids (N, T) to the first layer's input (N, T, D)."""
         tokens, places = np.unique(chunks, return_inverse=True)
-        rows = torch.from_numpy(np.array(self.checkpoint.rows_at(EMBEDDING, tokens)))
+        rows = torch.from_numpy(np.array(self.checkpoint.rows_at(EMBEDDING, tokens.astype(np.intp))))
         return rows[torch.from_numpy(places.reshape(chunks.shape))]
 
     @contextmanager
@@ -111,8 +119,8 @@ def read_states(decoder: Decoder, chunks: Ids, progress: Callable[[int], None] =
     with torch.inference_mode():
         for number in range(decoder.count):
             with decoder.layer(number) as layer:
-                for n, text in enumerate(hidden.split(1)):
-                    hidden[n : n + 1] = decoder.run(layer, text)
+                for some in batches(hidden):
+                    hidden[some] = decoder.run(layer, hidden[some])
             progress(1)
         with decoder.norm() as norm:
             return norm(hidden[:, scored_from(chunks.shape[1]) : -1]).reshape(-1, decoder.width).numpy()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .architectures import OUTSIDE
 from .importance import Floats, Importance
 from .kld import Ids
-from .pytorch_layers import EMBEDDING, Decoder, Layer
+from .pytorch_layers import EMBEDDING, Decoder, Layer, batches
 from .sensitivity import ROWS, Candidate, Cost, Sensitivity, price, sample_rows
 
 _VOCABULARY_SLAB = 4096  # rows of the output matrix at once
@@ -88,7 +88,8 @@ def _forward(work: _Pass) -> list[Tensor]:
     with torch.no_grad():
         for number in range(work.decoder.count):
             with work.decoder.layer(number) as layer:
-                kept.append(torch.cat([work.decoder.run(layer, text) for text in kept[-1].split(1)]))
+                last = kept[-1]
+                kept.append(torch.cat([work.decoder.run(layer, last[some]) for some in batches(last)]))
             work.progress(1)
     return kept
 
@@ -221,11 +222,11 @@ def uses_of(
 
     hooks = [linear.register_forward_hook(watch(uses[name])) for name, linear in layer.linears.items()]
     before = torch.empty_like(inputs)
-    for n in range(len(inputs)):
-        text = inputs[n : n + 1].detach().requires_grad_()
-        decoder.run(layer, text).backward(gradient[n : n + 1])
-        assert text.grad is not None
-        before[n : n + 1] = text.grad
+    for some in batches(inputs):
+        texts = inputs[some].detach().requires_grad_()
+        decoder.run(layer, texts).backward(gradient[some])
+        assert texts.grad is not None
+        before[some] = texts.grad
     for hook in hooks:
         hook.remove()
     return uses, before

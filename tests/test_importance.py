@@ -85,24 +85,35 @@ def test_the_keys_are_those_that_llama_cpp_asks_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_llama_cpps_own_tool_reads_it(tmp_path):
-    """`llama-imatrix --show-statistics` prints a line for each tensor."""
-    build = Path(os.environ.get("STILLHOUSE_LLAMA_CPP", "/nowhere")) / "build" / "bin" / "llama-imatrix"
-    tool = str(build) if build.is_file() else shutil.which("llama-imatrix")
+def test_llama_quantize_makes_the_same_of_it(tmp_path):
+    """Its own program, given our imatrix.gguf, writes the tensors that we write."""
+    import gguf
+
+    build = Path(os.environ.get("STILLHOUSE_LLAMA_CPP", "/nowhere")) / "build" / "bin" / "llama-quantize"
+    tool = str(build) if build.is_file() else shutil.which("llama-quantize")
     if tool is None:
-        pytest.skip("llama-imatrix is not on PATH, and STILLHOUSE_LLAMA_CPP names no build")
+        pytest.skip("llama-quantize is not on PATH, and STILLHOUSE_LLAMA_CPP names no build")
+    fixtures = _beside("quantize_fixtures")
+    folder = _beside("tiny_checkpoint").write_checkpoint(tmp_path / "checkpoint", "qwen2", dtype="F32", blocks=2)
+    full = fixtures.make(folder, tmp_path, ["F32"])["F32"]
+    columns = {
+        t.name: int(t.shape[0]) for t in gguf.GGUFReader(full).tensors if t.name.startswith("blk.") and len(t.shape) > 1
+    }
     random = np.random.default_rng(0)
-    names = [f"blk.{n}.{part}.weight" for n in range(2) for part in ("attn_q", "ffn_down")]
-    values = {name: random.exponential(1, 64).astype(np.float32) for name in names}
-    importance.write(tmp_path / "i.gguf", Importance(values, dict.fromkeys(names, 512), ("a text",), 1, 512))
-    done = subprocess.run(
-        [tool, "-m", "none.gguf", "--in-file", str(tmp_path / "i.gguf"), "--show-statistics"],
-        capture_output=True,
-        text=True,
-        timeout=60,
+    values = {name: random.exponential(1, count).astype(np.float32) for name, count in columns.items()}
+    importance.write(tmp_path / "i.gguf", Importance(values, dict.fromkeys(columns, 512), ("a text",), 1, 512))
+
+    words = [tool, "--imatrix", tmp_path / "i.gguf", full, tmp_path / "theirs.gguf", "Q4_K_M", "1"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = fixtures.make(folder, tmp_path, ["Q4_K_M"], importance.read(tmp_path / "i.gguf").values)["Q4_K_M"]
+    plain = fixtures.make(folder, tmp_path / "checkpoint", ["Q4_K_M"])["Q4_K_M"]
+
+    a, b, c = (
+        {t.name: t.data.tobytes() for t in gguf.GGUFReader(p).tensors} for p in (ours, tmp_path / "theirs.gguf", plain)
     )
-    assert done.returncode == 0, done.stderr
-    assert all(part in done.stdout + done.stderr for part in ("attn_q", "ffn_down"))
+    assert a == b
+    assert a != c, "the matrix makes a difference"
 
 
 def dat(entries: list[tuple[str, int, list[float]]], tail: bytes = b"") -> bytes:

@@ -122,15 +122,19 @@ def test_over_many_tokens_it_is_the_sum_of_the_products_of_squares(tmp_path):
     assert torch.allclose(use.squares, (seen["x"].double() ** 2).sum((0, 1)))
 
 
-def kl_of(model: Any, ids: np.ndarray, name: str, signs: torch.Tensor) -> float:
+def predictions(model: Any, ids: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
+
+
+def kl_of(model: Any, base: torch.Tensor, ids: np.ndarray, name: str, signs: torch.Tensor) -> float:
     """The mean KL divergence that an error of EPSILON with these signs causes in one matrix."""
     weight = model.get_parameter(name)
     with torch.inference_mode():
-        base = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
         weight += EPSILON * signs
-        changed = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
+        changed = predictions(model, ids)
         weight -= EPSILON * signs
-        return float((base.exp() * (base - changed)).sum(-1).mean())
+    return float((base.exp() * (base - changed)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -142,6 +146,7 @@ def test_the_price_of_an_error_is_the_kl_divergence_that_it_causes(tied, tmp_pat
     found = analyse(Decoder(open_checkpoint(folder)), ids, [SHAKEN], text="all tokens", rows=1000, first=0)
 
     model, random = whole(folder), torch.Generator().manual_seed(0)
+    base = predictions(model, ids[:50])
     assert found.tokens == 3000
     assert set(found.costs) == {
         "token_embd.weight",
@@ -157,7 +162,7 @@ def test_the_price_of_an_error_is_the_kl_divergence_that_it_causes(tied, tmp_pat
             continue
         shape = model.get_parameter(hf).shape
         draws = [torch.randint(0, 2, shape, generator=random) * 2.0 - 1 for _ in range(16)]
-        measured = np.mean([kl_of(model, ids[:50], hf, signs) for signs in draws])
+        measured = np.mean([kl_of(model, base, ids[:50], hf, signs) for signs in draws])
         assert predicted == pytest.approx(measured, rel=0.2), name
 
 
@@ -172,10 +177,9 @@ def test_inputs_in_8_bits_cost_what_they_are_priced_at(name, tmp_path):
     model, hf = whole(folder), hf_name(name)
     assert hf
     matrix = model.get_submodule(hf.removesuffix(".weight"))
-    with torch.inference_mode():
-        base = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
-        matrix.register_forward_pre_hook(lambda _, taken: (taken[0] + rounding_errors(taken[0][:, 0], 16)[:, None],))
-        changed = model(torch.from_numpy(ids).long()).logits.double().log_softmax(-1)
+    base = predictions(model, ids)
+    matrix.register_forward_pre_hook(lambda _, taken: (taken[0] + rounding_errors(taken[0][:, 0], 16)[:, None],))
+    changed = predictions(model, ids)
     measured = float((base.exp() * (base - changed)).sum(-1).mean())
     assert found.costs[name]["exact"].kl == pytest.approx(measured, rel=0.3)
 
