@@ -99,7 +99,7 @@ def _adapt(model: nn.Module, options: LoadOptions) -> None:
     """Put an adapter of mlx-lm's own kind onto the model."""
     if len(options.loras) > 1:
         raise UserError("MLX takes one LoRA adapter", "name one with --lora, or fuse the others into the weights")
-    path, scale = options.loras[0]
+    path, scale = next(iter(options.loras))
     if not (path / "adapter_config.json").is_file() or not (path / "adapters.safetensors").is_file():
         raise BadModelFile(
             f"{path} is no MLX adapter: a folder with adapter_config.json and adapters.safetensors",
