@@ -105,8 +105,9 @@ def _open_checkpoint(checkpoint: Checkpoint, device: torch.device, options: Load
 
 
 def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptions) -> tuple[PyTorch, str | None]:
-    header = read_header(paths[0])
-    if len(paths) > 1:
+    path, *others = paths
+    header = read_header(path)
+    if others:
         raise UserError(
             "the PyTorch backend reads no GGUF file in parts", "join them (llama-gguf-split --merge), or use llama.cpp"
         )
@@ -115,13 +116,13 @@ def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptio
     per_token = kv_bytes_per_token(header, bits, bits)
     need = Need(header.parameters * dtype.itemsize, per_token, header.context_length)
     room = _room(need, device, options)
-    vocabulary = _gguf_vocabulary(paths[0])
+    vocabulary = _gguf_vocabulary(path)
     module = _load(
-        paths[0].parent,
+        path.parent,
         device,
         dtype=dtype,
-        config=_gguf_config(paths[0], header),
-        gguf_file=paths[0].name,
+        config=_gguf_config(path, header),
+        gguf_file=path.name,
         is_quantized=False,
     )
     return _start(module, vocabulary, room, options), header.chat_template
