@@ -17,8 +17,8 @@ from .text import TextDecoder
 class Told(NamedTuple):
     """What a caller is told of the distribution that a token was drawn from."""
 
-    logprob: float | None = None  # of the token; None: nothing is told
-    top: tuple[tuple[int, float], ...] = ()  # (token id, natural log), likeliest first
+    logprob: float  # of the token
+    top: tuple[tuple[int, float], ...]  # (token id, natural log), likeliest first
 
 
 class Draft:
@@ -76,7 +76,9 @@ class Draft:
         self.drawn += 1
         if logprobs is not None:
             told = Told(float(logprobs[token_id]), likeliest(logprobs, self.request.top_logprobs or 0))
-        return self._token(token_id, text, finish, note, *(told or Told()))
+        if told is None:
+            return self._token(token_id, text, finish, note)
+        return self._token(token_id, text, finish, note, told.logprob, told.top)
 
     def force(self, token_ids: Sequence[int]) -> list[Token]:
         """Add the tokens that a steer asked for, up to one that ends the reply or that the steer now overrules."""

@@ -111,7 +111,9 @@ class MlxLm:
 
     def load(self) -> Load:
         """How busy it is now."""
-        return Load(len(self._running), len(self._waiting), self._used() + self._store.size, self._cells)
+        running = list(self._running)  # the engine's thread may change it meanwhile
+        used = len(running) * max((len(reply.tokens) for reply in running), default=0)
+        return Load(len(running), len(self._waiting), used + self._store.size, self._cells)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -141,7 +143,7 @@ class MlxLm:
             if soon >= _WORTH_WAITING and soon >= found + _WORTH_WAITING:
                 kept.append(reply)
                 continue
-            if self._running and self._used() + len(reply.todo) > self._cells:
+            if self._running and self._cells_for(len(self._running) + 1, len(reply.todo)) > self._cells:
                 kept.append(reply)
                 break
             self._begin(reply, source, found)
@@ -188,7 +190,7 @@ class MlxLm:
         room = self._pace.chunk(replying=bool(self._rows.members))
         for reply in reading:
             count = min(len(reply.todo) - 1, room)
-            self._make_room(count)
+            self._make_room(len(reply.tokens) + count)
             state = reply.state
             if not count or state is None:  # it may have had to give its own cells up
                 continue
@@ -203,7 +205,8 @@ class MlxLm:
     def _advance(self) -> tuple[dict[_Running, int], np.ndarray]:
         """Take every reply with a known last token further; the rows of those that draw now, and all rows' logits."""
         self._rows.join([reply for reply in self._running if reply.state is not None and len(reply.todo) == 1])
-        self._make_room(len(self._rows.members))
+        if self._rows.members:
+            self._make_room(1 + max(len(reply.tokens) for reply in self._rows.members))
         members = self._rows.members
         if not members:
             return {}, np.zeros((0, 1), np.float32)
@@ -225,12 +228,12 @@ class MlxLm:
         if drawn[-1].finish:
             ended.append(reply)
 
-    def _make_room(self, count: int) -> None:
-        """Have room for so many tokens more: what is kept goes first, then the youngest reply's."""
+    def _make_room(self, longest: int) -> None:
+        """Have room for a reply of so many tokens: what is kept goes first, then the youngest replies' own."""
         while True:
-            used = self._used()
-            self._store.shrink(max(0, self._cells - used - count))
-            if used + count <= self._cells or len(self._running) == 1:  # a context is never larger than the cache
+            used = self._cells_for(len(self._running), longest)
+            self._store.shrink(max(0, self._cells - used))
+            if used <= self._cells or len(self._running) == 1:  # a context is never larger than the cache
                 return
             youngest = self._running.pop()
             self._rows.leave([youngest])
@@ -251,10 +254,12 @@ class MlxLm:
         self._crowded = self._crowded and not replies
 
     def _keep(self, reply: _Running) -> Kept:
-        return Kept(self._rows.copy(reply) if reply.state is None else reply.state, len(reply.tokens))
+        length = len(reply.tokens)
+        return Kept(cut(reply.state, length) if reply.state else self._rows.prefix(reply, length), length)
 
-    def _used(self) -> int:
-        return sum(len(reply.tokens) for reply in self._running)
+    def _cells_for(self, replies: int, longest: int = 0) -> int:
+        """Tokens' worth of memory: side by side every reply takes as much as the longest."""
+        return replies * max(longest, max((len(reply.tokens) for reply in self._running), default=0))
 
     def _fail(self, reason: str) -> NoReturn:
         """Give up every request: after a failed step the caches cannot be trusted, and memory may be short."""

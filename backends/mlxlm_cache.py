@@ -42,7 +42,7 @@ Reply = TypeVar("Reply", bound=HasState)
 
 
 def cut(state: State, length: int) -> State:
-    """A copy of the first `length` tokens."""
+    """A copy of the first `length` tokens, without the room that mlx-lm leaves behind the last one."""
     copies: State = []
     for layer in state:
         copy = KVCache()
@@ -86,7 +86,7 @@ class Rows(Generic[Reply]):
             return
         if keep:
             for reply in leaving:
-                reply.state = self.copy(reply)
+                reply.state = self.state if len(self.members) == 1 else self._extract(self.members.index(reply))
         staying = [i for i, reply in enumerate(self.members) if reply not in leaving]
         if len(self.members) > 1 and staying:
             if len(staying) == 1:
@@ -98,13 +98,9 @@ class Rows(Generic[Reply]):
         if not staying:
             self.state = []
 
-    def copy(self, reply: Reply) -> State:
-        """The state of one member. If it is the only one it is no copy, and the member has to leave."""
-        return self.state if len(self.members) == 1 else self._extract(self.members.index(reply))
-
     def prefix(self, reply: Reply, length: int) -> State:
         """A copy of the first tokens of one member."""
-        return cut(self.copy(reply), length)
+        return cut(self.state if len(self.members) == 1 else self._extract(self.members.index(reply)), length)
 
     def clear(self) -> None:
         """Forget everybody."""

@@ -97,9 +97,9 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Any:
 
 def _adapt(model: nn.Module, options: LoadOptions) -> None:
     """Put an adapter of mlx-lm's own kind onto the model."""
-    (path, scale), *more = options.loras
-    if more:
+    if len(options.loras) > 1:
         raise UserError("MLX takes one LoRA adapter", "name one with --lora, or fuse the others into the weights")
+    path, scale = next(iter(options.loras))
     if not (path / "adapter_config.json").is_file() or not (path / "adapters.safetensors").is_file():
         raise BadModelFile(
             f"{path} is no MLX adapter: a folder with adapter_config.json and adapters.safetensors",

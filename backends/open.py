@@ -211,4 +211,6 @@ def _open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions, c
     except ImportError as error:
         raise UserError(f"PyTorch cannot be loaded: {error}", INSTALL["pytorch"]) from None
     backend, template = open_pytorch(source, options)
-    return Opened(backend, template, *backend.vocabulary.boundary_texts(), choice.reason)
+    vocabulary: Any = backend.vocabulary  # of one of two kinds, both of which know them
+    begin_text, end_text = vocabulary.boundary_texts()
+    return Opened(backend, template, begin_text, end_text, choice.reason)

@@ -8,7 +8,6 @@ that quantized weights, adapters and a module in training are what they are. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,23 +31,21 @@ class Shape(NamedTuple):
     trained: int  # tokens that it was trained to read
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A run of tokens of one sequence."""
 
     place: int  # of its sequence in the cache
     start: int  # position of its first token
-    count: int
+    size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Neighbours in the cache that decode one token each: places `first` to `first + count`."""
+class Rows(NamedTuple):
+    """Neighbours in the cache that decode one token each: places `first` to `first + size`."""
 
     first: int
-    count: int
+    size: int
     longest: int  # cells that attention looks at
-    mask: Tensor | None  # (count, 1, 1, longest): which of them are a row's own; `None`: all
+    mask: Tensor | None  # (size, 1, 1, longest): which of them are a row's own; `None`: all
 
 
 class Batch(NamedTuple):
@@ -74,8 +71,8 @@ class Decoder:
 
     def __init__(self, module: nn.Module, *, own: bool) -> None:
         """`own`: nobody else uses the module, so that its projections may be joined. Raises `BadModelFile`."""
-        module = _without_wrapper(module)
-        config: Any = module.config
+        inner: Any = _without_wrapper(module)
+        config: Any = inner.config
         if getattr(config, "model_type", None) not in ARCHITECTURES:
             raise BadModelFile(
                 f"the architecture {getattr(config, 'model_type', None)!r} cannot be run by the PyTorch backend",
@@ -86,15 +83,15 @@ class Decoder:
                 "a model with a sliding window cannot be run by the PyTorch backend",
                 "set use_sliding_window to false in config.json if the checkpoint was trained without one",
             )
-        self._model: Any = module.model
-        self._head: Any = module.lm_head
+        self._model: Any = inner.model
+        self._head: Any = inner.lm_head
         heads = config.num_attention_heads
         self.shape = Shape(
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=config.num_key_value_heads,
             head=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=self._head.out_features if _is_plain(self._head) else config.vocab_size,
+            vocabulary=self._head.weight.shape[0] if _is_plain(self._head) else config.vocab_size,
             trained=config.max_position_embeddings,
         )
         self._layers = [_Layer(layer, self.shape, join=own) for layer in self._model.layers]
@@ -192,15 +189,15 @@ class _Layer:
         done = 0
         for rows in batch.rows:
             # The heads that share keys stand where a sequence's tokens would: none of the keys is copied.
-            mine = q[done : done + rows.count].view(rows.count, shape.kv_heads, group, shape.head)
-            places = slice(rows.first, rows.first + rows.count)
+            mine = q[done : done + rows.size].view(rows.size, shape.kv_heads, group, shape.head)
+            places = slice(rows.first, rows.first + rows.size)
             k, v = (cells[places, :, : rows.longest] for cells in (keys, values))
             attend = _attend_by_products if q.is_cuda else F.scaled_dot_product_attention
-            parts.append(attend(mine, k, v, attn_mask=rows.mask, scale=self._scale).reshape(rows.count, self._q))
-            done += rows.count
+            parts.append(attend(mine, k, v, attn_mask=rows.mask, scale=self._scale).reshape(rows.size, self._q))
+            done += rows.size
         for chunk in batch.chunks:
-            mine = q[done : done + chunk.count].transpose(0, 1)[None]  # (1, heads, count, head)
-            end = chunk.start + chunk.count
+            mine = q[done : done + chunk.size].transpose(0, 1)[None]  # (1, heads, size, head)
+            end = chunk.start + chunk.size
             k, v = (cells[chunk.place : chunk.place + 1, :, :end] for cells in (keys, values))
             mask = None if chunk.start == 0 else _causal(chunk, q.device)
             if mask is not None and q.is_cuda:  # its kernels take shared keys or a mask, not both
@@ -214,8 +211,8 @@ class _Layer:
                 scale=self._scale,
                 enable_gqa=k.shape[1] < shape.heads,
             )
-            parts.append(out[0].transpose(0, 1).reshape(chunk.count, self._q))
-            done += chunk.count
+            parts.append(out[0].transpose(0, 1).reshape(chunk.size, self._q))
+            done += chunk.size
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -232,8 +229,8 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | 
 
 
 def _causal(chunk: Chunk, device: torch.device) -> Tensor:
-    """Which cells each token of a chunk sees: those before it and its own, (count, start + count)."""
-    size = (chunk.count, chunk.start + chunk.count)
+    """Which cells each token of a chunk sees: those before it and its own, (size, start + size)."""
+    size = (chunk.size, chunk.start + chunk.size)
     return torch.ones(size, dtype=torch.bool, device=device).tril(chunk.start)
 
 

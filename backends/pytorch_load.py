@@ -105,9 +105,9 @@ def _open_checkpoint(checkpoint: Checkpoint, device: torch.device, options: Load
 
 
 def _open_gguf(paths: tuple[Path, ...], device: torch.device, options: LoadOptions) -> tuple[PyTorch, str | None]:
-    path, *more = paths
+    path, *others = paths
     header = read_header(path)
-    if more:
+    if others:
         raise UserError(
             "the PyTorch backend reads no GGUF file in parts", "join them (llama-gguf-split --merge), or use llama.cpp"
         )

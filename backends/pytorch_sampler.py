@@ -103,8 +103,9 @@ class Sampler:
         again = np.flatnonzero(fetched[:, 1] == 0)
         if again.size:
             index = torch.from_numpy(again).to(logits.device)
+            rows = again.tolist()
             ids[index], _ = self._pick(
-                scores[index], [memories[i] for i in again.tolist()], [draws[i] for i in again.tolist()], full=True
+                scores[index], [memories[row] for row in rows], [draws[row] for row in rows], full=True
             )
             fetched = _fetch(logits, ids, enough, most)
         if not np.isfinite(fetched[:, 2]).all():

@@ -100,18 +100,20 @@ def write_checkpoint(folder: Path, shape: Shape) -> int:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "eos_token_id": 257,
+        "eos_token_id": shape.vocabulary - 1,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder)
+    write_tokenizer(folder, shape.vocabulary)
     read = sum(tensor.nbytes for name, tensor in weights.items() if "embed_tokens" not in name)
     return read
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte a token, and the two marks of a turn."""
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A byte a token, the two marks of a turn, and words for all other rows: whatever is drawn has a text."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    words = [f"\u0120w{i}" for i in range(size - len(letters) - 2)]  # U+0120 is a space in names of bytes
+    vocabulary = {token: i for i, token in enumerate(letters + words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])

@@ -88,7 +88,9 @@ def read_safetensors(path: str | Path) -> SafetensorsHeader:
 def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _damaged(path, f"the entry of `{_shown(name)}` is no object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(path, f"the tensor `{_shown(name)}` has the unknown type {_shown(dtype)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:

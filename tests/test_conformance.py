@@ -28,6 +28,8 @@ if "server_fixtures" not in sys.modules:
 Process = sys.modules["server_fixtures"].Process
 
 SIGN_OF_LIFE = 41  # waits for the comment that comes after 15 s
+PASSED_BY_NONSENSE = 20  # the other cases need a reply that says what they are about
+FAILED_BY_NONSENSE = {13, 29}  # they want words, or a whole JSON, in fewer tokens than bytes of nonsense take
 NOT_ON_ECHO = {20, 28, 35}  # no speculation, no KV cache
 
 
@@ -64,6 +66,20 @@ def test_a_model_without_thoughts_is_asked_only_what_concerns_it():
         found = verdicts(server.url, set(CASES) - {SIGN_OF_LIFE})
     assert {number for number, verdict in found.items() if verdict == "pass"} == {27, 39, 40}
     assert {number for number, verdict in found.items() if verdict == "fail"} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pytorch", "mlx"])
+def test_checkpoints_through_every_backend_are_taken_apart_rightly(backend, random_checkpoint, tmp_path):
+    """Nonsense for weights, R1's template and tags: whatever it says, the server has to take it apart rightly."""
+    if importlib.util.find_spec({"pytorch": "torch", "mlx": "mlx_lm"}[backend]) is None:
+        pytest.skip(f"{backend} is not installed")
+    model = random_checkpoint.random_model("qwen2", context=8192)
+    folder = random_checkpoint.write_checkpoint(tmp_path / "random", model)
+    with Process("--context", "8192", "--backend", backend, model=str(folder)) as server:
+        found = verdicts(server.url, set(CASES) - {SIGN_OF_LIFE})
+    assert {number for number, verdict in found.items() if verdict == "fail"} <= FAILED_BY_NONSENSE
+    assert sum(verdict == "pass" for verdict in found.values()) >= PASSED_BY_NONSENSE
 
 
 class Leaky(BaseHTTPRequestHandler):
