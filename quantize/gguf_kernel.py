@@ -74,12 +74,22 @@ def _trial() -> NDArray[np.float32]:
     return np.concatenate(kinds).astype(np.float32)
 
 
+def _processor() -> str:
+    """What this processor can do: a cache that moves to another machine must not bring instructions it lacks."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    can = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})
+    return "\n".join([platform.node(), platform.machine(), platform.processor(), *can])
+
+
 def _compiled() -> Path | None:
     """The library, compiled now or earlier; `None` where there is no compiler or no place for it."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None or not hasattr(os, "getuid"):
         return None
-    told = [_SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, platform.node(), platform.machine()]
+    told = [_SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
     path = folder / f"kernel-{name}.so"
