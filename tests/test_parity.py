@@ -235,6 +235,6 @@ def test_smollm2_says_the_same_on_all_backends(smollm2):
     table = [compare(name, reference, other, tie=TIE) for name, other in said.items()]
     print("\nSmolLM2-135M, 20 prompts of 64 tokens, next to safetensors through PyTorch in float32:")
     print(*table, sep="\n")
-    # llama.cpp multiplies F16 weights by tokens that are rounded to F16 too: that is more than the weights' own rounding.
+    # llama.cpp rounds tokens to F16 too, where weights are: that is more than the weights' own rounding.
     assert all(one.worst < (MORE if "F16 GGUF, llama" in one.name else LOGPROBS) for one in table)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
