@@ -286,7 +286,7 @@ def _rows(piece: Piece) -> int:
 
 
 def _write_at(file: int, data: np.ndarray, offset: int) -> None:
-    left = memoryview(np.ascontiguousarray(data)).cast("B")
+    left = np.ascontiguousarray(data).data.cast("B")
     while left:
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written

@@ -52,6 +52,10 @@ def make_plan(checkpoint: Checkpoint, type: str, options: Options) -> Plan:
     module, package = _NEEDS[type]
     if find_spec(module) is None:
         raise UserError(f"{type} is made by {package}, which is not installed", f"pip install {package}")
+    if type == "int4" and not torch.cuda.is_available():
+        raise UserError(
+            "int4 is made by torchao for NVIDIA GPUs, and there is none here", "make nf4, which runs anywhere"
+        )
     weights = size = 0
     for name, tensor in checkpoint.tensors.items():
         count = tensor.size // {"F32": 4}.get(tensor.dtype, 2)
@@ -96,15 +100,14 @@ def _settings(kind: str, checkpoint: Checkpoint) -> Any:
             bnb_4bit_use_double_quant=True,
         )
     from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
     columns = [tensor.shape[1] for name, tensor in checkpoint.tensors.items() if _is_linear(name, tensor.shape)]
     group = next((size for size in (_GROUP, 64, 32) if all(count % size == 0 for count in columns)), 0)
     if not group:
         raise ValueError("its rows are no multiples of 32")
-    options: dict[str, Any] = {"group_size": group}
-    if not torch.cuda.is_available():
-        options["int4_packing_format"] = "opaque"  # torchao's name for the layout of its kernel for CPUs
-    return transformers.TorchAoConfig(Int4WeightOnlyConfig(**options))
+    layout = Int4PackingFormat.TILE_PACKED_TO_4D
+    return transformers.TorchAoConfig(Int4WeightOnlyConfig(group_size=group, int4_packing_format=layout))
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -43,6 +43,8 @@ def make(source: Path, to: Path, type: str, **options: Any) -> Path:
 @pytest.mark.parametrize("type", LIBRARIES)
 def test_stock_transformers_loads_it_and_says_nearly_the_same(source, tmp_path, type):
     pytest.importorskip(LIBRARIES[type], reason=f"{LIBRARIES[type]} is not installed")
+    if type == "int4" and not torch.cuda.is_available():
+        pytest.skip("torchao lays int4 out for NVIDIA GPUs, and there is none here")
     from transformers import AutoModelForCausalLM
 
     made = make(source, tmp_path / "made", type)
@@ -58,6 +60,15 @@ def test_stock_transformers_loads_it_and_says_nearly_the_same(source, tmp_path, 
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, made)]
     assert sizes[1] < 0.6 * sizes[0]
     assert (made / "tokenizer.json").is_file()
+
+
+def test_int4_without_a_gpu_is_told_before_the_start(source, tmp_path, monkeypatch):
+    from stillhouse.quantize import pytorch
+
+    monkeypatch.setattr(pytorch, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"int4 is made by torchao for NVIDIA GPUs, and there is none here"):
+        make(source, tmp_path / "made", "int4")
 
 
 def test_a_library_that_is_missing_is_named(source, tmp_path, monkeypatch):
