@@ -256,6 +256,8 @@ class LlamaCpp:
                 reply.sampler.forget()
                 continue
             logprobs = None if draft.request.top_logprobs is None else log_softmax(logits)
+            changes = isinstance(wish, Only) or reply.sampler.has_biases
+            unchanged = logits.copy() if changes else logits
             if isinstance(wish, Only):
                 mask_to(logits, wish.bits)
             token_id = reply.sampler.sample(self._context, self._batch.outputs[row], logits)
@@ -263,6 +265,8 @@ class LlamaCpp:
             if token:
                 tokens.append(token)
                 reply.todo.append(token_id)
+            elif changes:  # an end that was overruled: what comes instead is drawn from the model's own logits
+                logits[:] = unchanged
         if token.finish:
             self._finish(reply)
 

@@ -382,6 +382,13 @@ def test_a_forced_end_may_be_overruled_too(engine):
     assert ids(plain) == ids(again)
 
 
+def test_a_mask_is_forgotten_with_the_end_that_was_drawn_under_it(engine):
+    """llama.cpp drew again from logits that still were masked: the same end, for ever."""
+    plain = reply(engine, max_tokens=3, steer=Guide(decide=lambda count: None))
+    guide = Guide(only(engine.backend, end_id(engine.backend)), decide=lambda count: "stop" if count > 9 else None)
+    assert ids(reply(engine, max_tokens=3, steer=guide)) == ids(plain)
+
+
 def test_the_length_cannot_be_overruled(engine):
     tokens = reply(engine, max_tokens=2, ignore_eos=True, steer=Guide(decide=lambda count: None))
     assert [token.finish for token in tokens] == [None, "length"]
