@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import time
 from array import array
-from collections import deque
 from pathlib import Path
 
 import llama_cpp as C
@@ -24,7 +23,8 @@ from ..r1.errors import BadModelFile
 from ..r1.gguf import Header
 from .base import BackendFailed, Force, Forget, GenerationRequest, Load, LoadOptions, Only, Token
 from .draft import Draft
-from .kvcache import CachedSequence, common_prefix, token_array
+from .kvcache import CachedSequence, token_array
+from .line import Line
 from .llamacpp_batch import Batch
 from .llamacpp_cache import LlamaCache
 from .llamacpp_load import fit, last_words, load_adapter, load_model, make_context, silence
@@ -34,7 +34,6 @@ from .pace import Pace
 from .sampling import log_softmax, mask_to
 
 _RETAINED = 64  # sequences that a pooled cache keeps for their prefix, besides the running ones
-_WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
 _MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
 
@@ -48,6 +47,11 @@ class _Running:
         self.sampler = sampler
         self.sequence: CachedSequence | None = None  # None while it waits
         self.todo: array[int] = token_array(draft.request.prompt_ids)  # known and not yet decoded
+
+    @property
+    def known(self) -> array[int]:
+        """Every token that is known: decoded and to be decoded."""
+        return self.sequence.tokens + self.todo if self.sequence else self.todo
 
 
 class LlamaCpp:
@@ -69,22 +73,17 @@ class LlamaCpp:
         self._cache = LlamaCache(
             self._context, self._model, sequences, fitted.cache_tokens, partitioned=fitted.partitioned
         )
-        self._parallel = options.parallel
         self._steady = options.steady
         self._batch = Batch(options.batch_tokens)
         self._pace = Pace(options.batch_tokens)
-        self._waiting: deque[_Running] = deque()
-        self._idle: deque[_Running] = deque()  # work for when nothing else is to do
-        self._running: list[_Running] = []  # in the order they came
-        self._crowded = False  # a reply had to give its cells up: none comes in before one has gone
+        self._line: Line[_Running] = Line(options.parallel)
 
     # The contract
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `PromptTooLong`."""
         draft = Draft(request, self.vocabulary, self.context_length)
-        reply = _Running(draft, LlamaSampler(self.vocabulary, request))
-        (self._idle if request.idle else self._waiting).append(reply)
+        self._line.add(_Running(draft, LlamaSampler(self.vocabulary, request)))
 
     def step(self) -> list[Token]:
         """One `llama_decode` and one drawn token for every reply that has nothing left to decode."""
@@ -102,38 +101,33 @@ class LlamaCpp:
             if not np.isfinite(logits[:, 0]).all():
                 self._fail("the model's logits are not numbers: the file is damaged, or its type overflows here")
             rows = {reply: row for row, reply in enumerate(drawing)}
-            for reply in [reply for reply in self._running if reply in rows]:  # in the order they came
+            for reply in [reply for reply in self._line.running if reply in rows]:  # in the order they came
                 self._draw(reply, rows[reply], logits[rows[reply]], tokens)
         return tokens
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. What is decoded of it stays in the cache for the next one."""
-        for queue in (self._waiting, self._idle, self._running):
-            for reply in queue:
-                if reply.draft.request.id == request_id:
-                    queue.remove(reply)
-                    self._release(reply)
-                    return
+        reply = self._line.find(request_id)
+        if reply is not None:
+            self._release(reply)
 
     def load(self) -> Load:
         """How busy it is now."""
-        return Load(len(self._running), len(self._waiting), self._cache.used, self._cache.cells)
+        return Load(len(self._line.running), len(self._line.waiting), self._cache.used, self._cache.cells)
 
     def set_adapter(self, path: Path | None, scale: float = 1.0) -> None:
         """Have another LoRA adapter, or none, in place of those there are, and forget what was computed with them.
 
         Raises `BadModelFile`, with the old ones still in place, and `BackendFailed` while replies are in progress.
         """
-        if self._running or self._waiting:
+        if self._line.running or self._line.waiting:
             raise BackendFailed("an adapter cannot be changed under replies in progress")
         adapters = [load_adapter(self._model, path)] if path else []
         self._apply(adapters, [scale])
         for adapter in self._adapters:
             C.llama_adapter_lora_free(adapter)
         self._adapters = adapters
-        for reply in self._idle:
-            reply.sampler.close()
-        self._idle.clear()
+        self._forget_all()
         self._cache.clear()
 
     def _apply(self, adapters: list[C.llama_adapter_lora_p], scales: list[float]) -> None:
@@ -152,52 +146,22 @@ class LlamaCpp:
 
     def _admit(self) -> None:
         """Give waiting requests a sequence, in order, each starting from the longest prefix that is in the cache."""
-        if self._waiting:
-            self._park_idle()
-        if self._crowded and self._running:
-            return
-        self._crowded = False
-        queue = self._waiting or (self._idle if not self._running else deque())
-        kept: deque[_Running] = deque()
-        while queue and len(self._running) < self._parallel:
-            reply = queue.popleft()
-            soon = self._soon(reply) if self._cache.reuses else 0
-            if soon >= _WORTH_WAITING and soon >= self._cache.found(reply.todo) + _WORTH_WAITING:
-                kept.append(reply)
-                continue
-            sequence = self._cache.begin(reply.todo)
-            if sequence is None:
-                kept.append(reply)
-                break
-            reply.sequence, reply.todo = sequence, reply.todo[sequence.length :]
-            reply.draft.start(sequence.length)
-            self._running.append(reply)
-        queue.extendleft(reversed(kept))
-
-    def _park_idle(self) -> None:
-        """Send idle work back to its queue; what it has decoded stays in the cache, where it will find it again."""
-        for reply in [reply for reply in self._running if reply.draft.request.idle]:
-            self._running.remove(reply)
-            reply.todo = _whole(reply)
+        for reply in self._line.park():  # what it has decoded stays in the cache, where it will find it again
             self._vacate(reply)
-            self._idle.append(reply)
+        self._line.admit(self._cache.found if self._cache.reuses else len, self._begin)
 
-    def _soon(self, reply: _Running) -> int:
-        """The longest prefix that a prompt being read now will leave in the cache for this one."""
-        return max(
-            (common_prefix(_whole(other), reply.todo) for other in self._running if len(other.todo) > 1), default=0
-        )
+    def _begin(self, reply: _Running) -> bool:
+        sequence = self._cache.begin(reply.todo)
+        if sequence is None:
+            return False
+        reply.sequence, reply.todo = sequence, reply.todo[sequence.length :]
+        reply.draft.start(sequence.length)
+        return True
 
     def _fill(self) -> list[_Running]:
         """Put known tokens into the batch; give the replies whose next token can be drawn after it."""
         self._batch.clear()
-        # Replies first, so that a long prompt cannot hold them up; then prompts, in the order they came.
-        counts = {reply: 1 for reply in self._running if len(reply.todo) == 1}
-        room = min(self._batch.size - len(counts), self._pace.chunk(replying=bool(counts)))
-        for reply in self._running:
-            if len(reply.todo) > 1 and room:
-                counts[reply] = min(len(reply.todo), room)
-                room -= counts[reply]
+        counts = self._line.shares(self._batch.size, self._pace)
         # By place in the cache: llama.cpp decodes a run of neighbours in one go.
         drawing: list[_Running] = []
         for reply, count in sorted(counts.items(), key=_place):
@@ -222,17 +186,13 @@ class LlamaCpp:
             self._fail(f"llama_decode failed with status {status}: {last_words()}")
         if self._cache.make_room():
             return False
-        if len(self._running) > 1:
-            # The youngest reply gives its cells up and is decoded again when there is room.
-            reply = self._running.pop()
-            assert reply.sequence is not None
-            reply.todo = _whole(reply)
-            self._cache.discard(reply.sequence)
-            reply.sequence = None
-            (self._idle if reply.draft.request.idle else self._waiting).appendleft(reply)
-            self._crowded = True
-        else:
+        if len(self._line.running) == 1:
             self._fail("the KV cache has no room for a single request")
+        # The youngest reply gives its cells up and is decoded again when there is room.
+        reply = self._line.give_way()
+        assert reply.sequence is not None
+        self._cache.discard(reply.sequence)
+        reply.sequence = None
         return False
 
     def _draw(self, reply: _Running, row: int, logits: NDArray[np.float32], tokens: list[Token]) -> None:
@@ -240,7 +200,7 @@ class LlamaCpp:
         draft = reply.draft
         if draft.request.max_tokens == 0:
             tokens.append(draft.read())
-            self._finish(reply)
+            self._release(reply)
             return
         token: Token | None = None
         while token is None:
@@ -268,13 +228,10 @@ class LlamaCpp:
             elif changes:  # an end that was overruled: what comes instead is drawn from the model's own logits
                 logits[:] = unchanged
         if token.finish:
-            self._finish(reply)
-
-    def _finish(self, reply: _Running) -> None:
-        self._running.remove(reply)
-        self._release(reply)
+            self._release(reply)
 
     def _release(self, reply: _Running) -> None:
+        self._line.leave(reply)
         reply.sampler.close()
         if reply.sequence is not None:
             self._vacate(reply)
@@ -283,8 +240,7 @@ class LlamaCpp:
         """Take a reply's sequence from it; its tokens stay in the cache for the next prompt that begins with them."""
         sequence, reply.sequence = reply.sequence, None
         assert sequence is not None
-        self._crowded = False
-        self._cache.end(sequence, others_run=bool(self._running))
+        self._cache.end(sequence, others_run=bool(self._line.running))
 
     def _fail(self, reason: str) -> None:
         """Give up every request in the batch: after a failed decode the cache cannot be trusted."""
@@ -293,17 +249,12 @@ class LlamaCpp:
         raise BackendFailed(reason)
 
     def _forget_all(self) -> None:
-        for reply in (*self._running, *self._waiting, *self._idle):
+        for reply in self._line:
             reply.sampler.close()
-        self._running, self._waiting, self._idle = [], deque(), deque()
+        self._line.clear()
 
 
 def _place(entry: tuple[_Running, int]) -> int:
     sequence = entry[0].sequence
     assert sequence is not None
     return sequence.id
-
-
-def _whole(reply: _Running) -> array[int]:
-    """Every token of a reply that is known: decoded and to be decoded."""
-    return reply.sequence.tokens + reply.todo if reply.sequence else reply.todo

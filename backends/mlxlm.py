@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections import deque
 from typing import NoReturn
 
 import numpy as np
@@ -25,13 +24,13 @@ from .checkpoint import Checkpoint
 from .draft import Draft
 from .hf_vocabulary import read_vocabulary
 from .kvcache import common_prefix, token_array
+from .line import Line
 from .mlxlm_cache import Kept, Rows, State, cut
 from .mlxlm_load import make_prompt_cache, mx
 from .pace import Pace
 from .prefixstore import PrefixStore, Stored
 from .rowsampler import Breakers, RowSampler, next_tokens
 
-_WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
 _WORTH_COPYING = 8  # tokens: fewer are read again as quickly
 _SHORT_RUN = 4  # tokens: so short a run is read beside the others, a token a step, instead of by itself
 
@@ -48,6 +47,11 @@ class _Running:
         self.tokens = token_array(())  # decoded
         self.todo = token_array(draft.request.prompt_ids)  # known and not yet decoded
 
+    @property
+    def known(self) -> array[int]:
+        """Every token that is known: decoded and to be decoded."""
+        return self.tokens + self.todo
+
 
 class MlxLm:
     """A checkpoint in memory. Not thread-safe, but for `vocabulary` and `load`."""
@@ -61,29 +65,24 @@ class MlxLm:
         self.vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config.get("vocab_size"))
         self._model = mlxlm_load.load(checkpoint, options)
         self._cells = fitted.cache_tokens
-        self._parallel = options.parallel
         self._pace = Pace(options.batch_tokens)
         self._breakers = Breakers(self.vocabulary)
         self._rows: Rows[_Running] = Rows()
         self._store = PrefixStore(fitted.cache_tokens)  # of replies that ended; its unit is the token
-        self._waiting: deque[_Running] = deque()
-        self._idle: deque[_Running] = deque()  # work for when nothing else is to do
-        self._running: list[_Running] = []  # in the order they came
-        self._crowded = False  # a reply had to give its cells up: none comes in before one has gone
+        self._line: Line[_Running] = Line(options.parallel)
 
     # The contract
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `PromptTooLong`."""
         draft = Draft(request, self.vocabulary, self.context_length)
-        reply = _Running(draft, RowSampler(request, self.vocabulary, self._breakers))
-        (self._idle if request.idle else self._waiting).append(reply)
+        self._line.add(_Running(draft, RowSampler(request, self.vocabulary, self._breakers)))
 
     def step(self) -> list[Token]:
         """A chunk of the prompts, and one drawn token for every reply that has nothing left to decode."""
         try:
             self._admit()
-            if not self._running:
+            if not self._line.running:
                 return []
             self._read()
             drawing, logits = self._advance()
@@ -93,27 +92,25 @@ class MlxLm:
             self._fail("the model's logits are not numbers: the weights are damaged, or their type overflows here")
         tokens: list[Token] = []
         ended: list[_Running] = []
-        for reply in [reply for reply in self._running if reply in drawing]:  # in the order they came
+        for reply in [reply for reply in self._line.running if reply in drawing]:  # in the order they came
             self._draw(reply, logits[drawing[reply]], tokens, ended)
+        for reply in ended:
+            self._line.leave(reply)
         self._release(ended)
         return tokens
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. What is decoded of it is kept for the next prompt that begins like it."""
-        for queue in (self._waiting, self._idle, self._running):
-            for reply in queue:
-                if reply.draft.request.id == request_id:
-                    if queue is self._running:
-                        self._release([reply])
-                    else:
-                        queue.remove(reply)
-                    return
+        reply = self._line.find(request_id)
+        if reply is not None:
+            self._line.leave(reply)
+            self._release([reply])
 
     def load(self) -> Load:
         """How busy it is now."""
-        running = list(self._running)  # the engine's thread may change it meanwhile
+        running = list(self._line.running)  # the engine's thread may change it meanwhile
         used = len(running) * max((len(reply.tokens) for reply in running), default=0)
-        return Load(len(running), len(self._waiting), used + self._store.size, self._cells)
+        return Load(len(running), len(self._line.waiting), used + self._store.size, self._cells)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -128,47 +125,28 @@ class MlxLm:
 
     def _admit(self) -> None:
         """Let waiting requests in, in order, each starting from the longest prefix that is in memory."""
-        if self._waiting:
-            self._park_idle()
-        if self._crowded and self._running:
-            return
-        self._crowded = False
-        queue = self._waiting or (self._idle if not self._running else deque())
-        kept: deque[_Running] = deque()
-        while queue and len(self._running) < self._parallel:
-            reply = queue.popleft()
-            being_read = (other for other in self._running if len(other.todo) > 1)
-            soon = max((common_prefix(_whole(other), reply.todo) for other in being_read), default=0)
-            source, found = self._longest_prefix(reply.todo)
-            if soon >= _WORTH_WAITING and soon >= found + _WORTH_WAITING:
-                kept.append(reply)
-                continue
-            if self._running and self._cells_for(len(self._running) + 1, len(reply.todo)) > self._cells:
-                kept.append(reply)
-                break
-            self._begin(reply, source, found)
-        queue.extendleft(reversed(kept))
-
-    def _park_idle(self) -> None:
-        """Send idle work back to its queue; what it has decoded is kept, where it will find it again."""
-        idle = [reply for reply in self._running if reply.draft.request.idle]
-        self._release(idle)
-        for reply in idle:
-            reply.todo, reply.tokens = _whole(reply), token_array(())
-            self._idle.append(reply)
+        parked = self._line.park()  # what they have decoded is kept, where they will find it again
+        self._release(parked)
+        for reply in parked:
+            reply.tokens = token_array(())
+        self._line.admit(lambda prompt: self._longest_prefix(prompt)[1], self._begin)
 
     def _longest_prefix(self, prompt: array[int]) -> tuple[_Running | Stored | None, int]:
         """Whose state begins most like a prompt, and how many tokens need not be read: the last must, it speaks."""
         source: _Running | Stored | None
         source, length = self._store.longest_prefix(prompt)
-        for other in self._running:
+        for other in self._line.running:
             common = common_prefix(other.tokens, prompt)
             if common > length:
                 source, length = other, common
         length = min(length, len(prompt) - 1)
         return (source, length) if length >= _WORTH_COPYING else (None, 0)
 
-    def _begin(self, reply: _Running, source: _Running | Stored | None, length: int) -> None:
+    def _begin(self, reply: _Running) -> bool:
+        running = len(self._line.running)
+        if running and self._cells_for(running + 1, len(reply.todo)) > self._cells:
+            return False
+        source, length = self._longest_prefix(reply.todo)
         if isinstance(source, Stored):
             self._store.touch(source)
             reply.state = cut(source.data.state, length)
@@ -178,12 +156,12 @@ class MlxLm:
             reply.state = make_prompt_cache(self._model)
         reply.tokens, reply.todo = reply.todo[:length], reply.todo[length:]
         reply.draft.start(length)
-        self._running.append(reply)
+        return True
 
     def _read(self) -> None:
         """Read known tokens but for each reply's last, in the order they came, up to a chunk."""
         in_rows = set(self._rows.members)
-        reading = [reply for reply in self._running if len(reply.todo) > 1]
+        reading = [reply for reply in self._line.running if len(reply.todo) > 1]
         if len(in_rows) > 1:
             reading = [reply for reply in reading if reply not in in_rows or len(reply.todo) > _SHORT_RUN]
         self._rows.leave([reply for reply in reading if reply in in_rows], keep=True)
@@ -204,7 +182,7 @@ class MlxLm:
 
     def _advance(self) -> tuple[dict[_Running, int], np.ndarray]:
         """Take every reply with a known last token further; the rows of those that draw now, and all rows' logits."""
-        self._rows.join([reply for reply in self._running if reply.state is not None and len(reply.todo) == 1])
+        self._rows.join([reply for reply in self._line.running if reply.state is not None and len(reply.todo) == 1])
         if self._rows.members:
             self._make_room(1 + max(len(reply.tokens) for reply in self._rows.members))
         members = self._rows.members
@@ -231,27 +209,23 @@ class MlxLm:
     def _make_room(self, longest: int) -> None:
         """Have room for a reply of so many tokens: what is kept goes first, then the youngest replies' own."""
         while True:
-            used = self._cells_for(len(self._running), longest)
+            used = self._cells_for(len(self._line.running), longest)
             self._store.shrink(max(0, self._cells - used))
-            if used <= self._cells or len(self._running) == 1:  # a context is never larger than the cache
+            if used <= self._cells or len(self._line.running) == 1:  # a context is never larger than the cache
                 return
-            youngest = self._running.pop()
+            youngest = self._line.give_way()
             self._rows.leave([youngest])
-            youngest.state, youngest.todo, youngest.tokens = None, _whole(youngest), token_array(())
-            (self._idle if youngest.draft.request.idle else self._waiting).appendleft(youngest)
-            self._crowded = True
+            youngest.state, youngest.tokens = None, token_array(())
 
     # What ends
 
     def _release(self, replies: list[_Running]) -> None:
         """Take replies out of the batch; what they have decoded is kept for prompts that begin with it."""
         for reply in replies:
-            self._running.remove(reply)
             if len(reply.tokens) >= _WORTH_COPYING:
                 self._store.put(reply.tokens, lambda reply=reply: self._keep(reply))
             reply.state = None
         self._rows.leave(replies)
-        self._crowded = self._crowded and not replies
 
     def _keep(self, reply: _Running) -> Kept:
         length = len(reply.tokens)
@@ -259,7 +233,7 @@ class MlxLm:
 
     def _cells_for(self, replies: int, longest: int = 0) -> int:
         """Tokens' worth of memory: side by side every reply takes as much as the longest."""
-        return replies * max(longest, max((len(reply.tokens) for reply in self._running), default=0))
+        return replies * max(longest, max((len(reply.tokens) for reply in self._line.running), default=0))
 
     def _fail(self, reason: str) -> NoReturn:
         """Give up every request: after a failed step the caches cannot be trusted, and memory may be short."""
@@ -270,9 +244,4 @@ class MlxLm:
     def _forget_all(self) -> None:
         self._rows.clear()
         self._store.clear()
-        self._running, self._waiting, self._idle = [], deque(), deque()
-
-
-def _whole(reply: _Running) -> array[int]:
-    """Every token of a reply that is known: decoded and to be decoded."""
-    return reply.tokens + reply.todo
+        self._line.clear()

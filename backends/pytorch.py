@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from .base import BackendFailed, Force, Forget, GenerationRequest, Load, Only, Token, Vocabulary
 from .draft import Draft
-from .kvcache import CachedSequence, common_prefix, token_array
+from .kvcache import CachedSequence, token_array
+from .line import Line
 from .pace import Pace
 from .pytorch_cache import TorchCache
 from .pytorch_decoder import Batch, Chunk, Decoder, Rows
@@ -28,7 +28,6 @@ from .pytorch_graphs import Graphs
 from .pytorch_sampler import Memory, Sampler
 from .rowsampler import Breakers
 
-_WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
 _CELLS = 64  # attention looks at whole multiples of so many cells: its kernels are compiled for a shape, once
 _WASTE = 2.0  # neighbours are attended to together if that looks at no more than so many times their own cells
 
@@ -43,6 +42,11 @@ class _Running:
         self.memory = memory
         self.sequence: CachedSequence | None = None  # None while it waits
         self.todo: array[int] = token_array(draft.request.prompt_ids)  # known and not yet decoded
+
+    @property
+    def known(self) -> array[int]:
+        """Every token that is known: decoded and to be decoded."""
+        return self.sequence.tokens + self.todo if self.sequence else self.todo
 
     @property
     def place(self) -> CachedSequence:
@@ -85,20 +89,16 @@ class PyTorch:
             tensors = self._decoder.new_cache(parallel, self._cells)
         self._cache = TorchCache(tensors, context)
         self._graphs = Graphs(self._decoder, tensors) if own and self._decoder.device.type == "cuda" else None
-        self._parallel = parallel
         self._batch_tokens = max(batch_tokens, parallel + 1)
         self._pace = Pace(batch_tokens)
-        self._waiting: deque[_Running] = deque()
-        self._idle: deque[_Running] = deque()  # work for when nothing else is to do
-        self._running: list[_Running] = []  # in the order they came
+        self._line: Line[_Running] = Line(parallel)
 
     # The contract
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `PromptTooLong`."""
         draft = Draft(request, self.vocabulary, self.context_length)
-        reply = _Running(draft, Memory(request, self.vocabulary.end_ids))
-        (self._idle if request.idle else self._waiting).append(reply)
+        self._line.add(_Running(draft, Memory(request, self.vocabulary.end_ids)))
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
@@ -118,16 +118,14 @@ class PyTorch:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. What is decoded of it stays in the cache for the next one."""
-        for queue in (self._waiting, self._idle, self._running):
-            for reply in queue:
-                if reply.draft.request.id == request_id:
-                    queue.remove(reply)
-                    self._vacate(reply)
-                    return
+        reply = self._line.find(request_id)
+        if reply is not None:
+            self._line.leave(reply)
+            self._vacate(reply)
 
     def load(self) -> Load:
         """How busy it is now."""
-        return Load(len(self._running), len(self._waiting), self._cache.used, self._cache.cells)
+        return Load(len(self._line.running), len(self._line.waiting), self._cache.used, self._cache.cells)
 
     def close(self) -> None:
         """Let go of the cache, and of the module."""
@@ -139,24 +137,19 @@ class PyTorch:
 
     def _admit(self) -> None:
         """Give waiting requests a place, in order, each starting from the longest prefix that is there."""
-        if self._waiting:
-            self._park_idle()
-        queue = self._waiting or (self._idle if not self._running else deque())
-        if queue and not self._running:
+        line = self._line
+        for reply in line.park():  # what it has decoded stays in the cache, where it will find it again
+            self._vacate(reply)
+        if (line.waiting or line.idle) and not line.running:
             self._look_at_weights()
-        kept: deque[_Running] = deque()
-        while queue and len(self._running) < self._parallel:
-            reply = queue.popleft()
-            soon = self._soon(reply)
-            if soon >= _WORTH_WAITING and soon >= self._cache.found(reply.todo) + _WORTH_WAITING:
-                kept.append(reply)
-                continue
-            sequence = self._cache.begin(reply.todo)
-            assert sequence is not None  # there are as many places as may run
-            reply.sequence, reply.todo = sequence, reply.todo[sequence.length :]
-            reply.draft.start(sequence.length)
-            self._running.append(reply)
-        queue.extendleft(reversed(kept))
+        line.admit(self._cache.found, self._begin)
+
+    def _begin(self, reply: _Running) -> bool:
+        sequence = self._cache.begin(reply.todo)
+        assert sequence is not None  # there are as many places as may run
+        reply.sequence, reply.todo = sequence, reply.todo[sequence.length :]
+        reply.draft.start(sequence.length)
+        return True
 
     def _look_at_weights(self) -> None:
         """Forget what was read with other weights: every in-place change of a parameter counts its version up."""
@@ -165,35 +158,11 @@ class PyTorch:
             self._cache.forget()
         self._version = version
 
-    def _park_idle(self) -> None:
-        """Send idle work back to its queue; what it has decoded stays in the cache, where it will find it again."""
-        for reply in [reply for reply in self._running if reply.draft.request.idle]:
-            self._running.remove(reply)
-            reply.todo = _whole(reply)
-            self._vacate(reply)
-            self._idle.append(reply)
-
-    def _soon(self, reply: _Running) -> int:
-        """The longest prefix that a prompt being read now will leave in the cache for this one."""
-        return max(
-            (common_prefix(_whole(other), reply.todo) for other in self._running if len(other.todo) > 1), default=0
-        )
-
     def _fill(self) -> dict[_Running, int]:
         """How many known tokens of which reply this step decodes: single ones first, each kind by place."""
-        # Replies first, so that a long prompt cannot hold them up; then prompts, in the order they came.
-        counts = {reply: 1 for reply in self._running if len(reply.todo) == 1}
-        chunks: dict[_Running, int] = {}
-        room = min(self._batch_tokens - len(counts), self._pace.chunk(replying=bool(counts)))
-        for reply in self._running:
-            if len(reply.todo) > 1 and room:
-                chunks[reply] = min(len(reply.todo), room)
-                room -= chunks[reply]
-        # A chunk of one token is a row like any other.
-        counts.update({reply: 1 for reply, count in chunks.items() if count == 1})
-        singles = sorted(counts, key=lambda reply: reply.place.id)
-        longer = {reply: count for reply, count in chunks.items() if count > 1}
-        return dict.fromkeys(singles, 1) | longer
+        shares = self._line.shares(self._batch_tokens, self._pace)
+        singles = sorted((reply for reply, size in shares.items() if size == 1), key=lambda reply: reply.place.id)
+        return dict.fromkeys(singles, 1) | {reply: size for reply, size in shares.items() if size > 1}
 
     def _decode(self, counts: dict[_Running, int]) -> tuple[list[_Running], Tensor]:
         """Run the batch. Gives the replies whose next token can be drawn, and their logits, (R, vocabulary)."""
@@ -250,7 +219,7 @@ class PyTorch:
         """Draw the next token of each reply, or take those its steer forces."""
         rows = {reply: row for row, reply in enumerate(drawing)}
         given: dict[_Running, list[Token]] = {}
-        pending = [reply for reply in self._running if reply in rows]  # in the order they came
+        pending = [reply for reply in self._line.running if reply in rows]  # in the order they came
         while pending:
             masks: dict[_Running, NDArray[np.uint32] | None] = {}
             for reply in pending:
@@ -279,10 +248,10 @@ class PyTorch:
                 else:
                     self._note(reply, token)
                     given[reply] = [token]
-        tokens = [token for reply in self._running for token in given.get(reply, ())]
+        tokens = [token for reply in self._line.running for token in given.get(reply, ())]
         for reply, last in given.items():
             if last[-1].finish:
-                self._running.remove(reply)
+                self._line.leave(reply)
                 self._vacate(reply)
         return tokens
 
@@ -327,7 +296,7 @@ class PyTorch:
 
     def _give_up(self) -> None:
         """Give up every request: after a failed step the cache cannot be trusted."""
-        self._running, self._waiting, self._idle = [], deque(), deque()
+        self._line.clear()
         self._cache.clear()
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -348,8 +317,3 @@ def _runs(singles: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
                 continue
         runs.append([(place, position)])
     return runs
-
-
-def _whole(reply: _Running) -> array[int]:
-    """Every token of a reply that is known: decoded and to be decoded."""
-    return reply.sequence.tokens + reply.todo if reply.sequence else reply.todo

@@ -41,7 +41,7 @@ def ask(backend: LlamaCpp, prompt: str | Sequence[int], max_tokens: int = 8, **f
 def run(backend: LlamaCpp) -> dict[str, list[Token]]:
     """Step until nothing is left to do; the tokens by request."""
     tokens: dict[str, list[Token]] = {}
-    while sum(backend.load()[:2]) or backend._idle:
+    while sum(backend.load()[:2]) or backend._line.idle:
         for token in backend.step():
             tokens.setdefault(token.request_id, []).append(token)
     return tokens
@@ -256,9 +256,9 @@ def test_idle_work_that_finds_the_cache_full_stays_idle(open_llama, random_path)
     """It came back as work that could not wait."""
     backend = open_llama(random_path, context=256, cache_tokens=256, parallel=2)
     requests = [ask(backend, letter * 100, 80, idle=True) for letter in "ab"]
-    while len(backend._running) != 1:
+    while len(backend._line.running) != 1:
         backend.step()
-    assert [request.draft.request.id for request in backend._idle] == [requests[1].id]
+    assert [request.draft.request.id for request in backend._line.idle] == [requests[1].id]
     assert len(run(backend)[requests[1].id]) > 0
 
 

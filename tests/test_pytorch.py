@@ -57,7 +57,7 @@ def ask(backend: PyTorch, prompt: str | Sequence[int], max_tokens: int = 8, **fi
 def run(backend: PyTorch) -> dict[str, list[Token]]:
     """Step until nothing is left to do; the tokens by request."""
     tokens: dict[str, list[Token]] = {}
-    while sum(backend.load()[:2]) or backend._idle:
+    while sum(backend.load()[:2]) or backend._line.idle:
         for token in backend.step():
             tokens.setdefault(token.request_id, []).append(token)
     return tokens
@@ -147,10 +147,10 @@ def test_the_fixed_shapes_of_a_graph_say_the_same(backend):
     """Row i is place i, idle ones write where nobody reads, the mask is as wide as a power of two."""
     requests = [ask(backend, text, 30) for text in (LONG, "So", LONG[:40])]
     backend.cancel(requests[1].id)
-    while any(len(reply.todo) != 1 for reply in backend._running) or not backend._running:
+    while any(len(reply.todo) != 1 for reply in backend._line.running) or not backend._line.running:
         backend.step()
-    replies = sorted(backend._running, key=lambda reply: reply.place.id)
-    cells, places = backend._cells, backend._parallel
+    replies = sorted(backend._line.running, key=lambda reply: reply.place.id)
+    cells, places = backend._cells, backend._line.parallel
     token_ids, positions = torch.zeros(places, dtype=torch.long), torch.full((places,), cells - 1)
     for one in replies:
         token_ids[one.place.id], positions[one.place.id] = one.todo[0], one.place.length
@@ -552,9 +552,9 @@ def test_a_context_that_nobody_asked_for_is_made_to_fit_all_replies(open_torch, 
     monkeypatch.setattr(pytorch_load, "_LEAST_CONTEXT", 256)
     monkeypatch.setattr(machine, "free_memory", lambda: int(weights * 1.05) + 2100 * PER_TOKEN)
     backend = open_torch(context=None, parallel=4)
-    assert (backend.context_length, backend._parallel) == (512, 4)
+    assert (backend.context_length, backend._line.parallel) == (512, 4)
     backend = open_torch(context=1024, parallel=4)
-    assert (backend.context_length, backend._parallel) == (1024, 2)
+    assert (backend.context_length, backend._line.parallel) == (1024, 2)
     with pytest.raises(UserError, match=r"a KV cache for 2048 tokens needs .*--context 1\d\d\d or less"):
         monkeypatch.setattr(machine, "free_memory", lambda: int(weights * 1.05) + 1900 * PER_TOKEN)
         open_torch(context=2048)
