@@ -20,6 +20,8 @@ WORKDIR /src
 COPY pyproject.toml ./
 # A library for each kind of CPU, beside each other; the best one is loaded where the container runs.
 ARG GPU=
+# Where wheels lie that need not be compiled again; a folder is mounted with -v.
+ARG PIP_FIND_LINKS
 ENV CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON \
 -DCMAKE_INSTALL_BINDIR=llama_cpp/lib -DLLAVA_BUILD=OFF ${GPU}"
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \

@@ -69,7 +69,7 @@ def image(storage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     did("buildah", "commit", "--rm", container, BASE, environment=storage)
     tar.unlink()
     certificates = ("-v", f"{CERTIFICATES}:{CERTIFICATES}:ro", "--env", f"PIP_CERT={CERTIFICATES}")
-    ready = ("-v", f"{wheels}:/wheels:ro", "--env", "PIP_FIND_LINKS=/wheels")
+    ready = ("-v", f"{wheels}:/wheels:ro", "--build-arg", "PIP_FIND_LINKS=/wheels")
     options = ("--isolation", "chroot", "--pull-never", "--format", "docker", "--build-arg", f"BASE={BASE}")
     did("buildah", "bud", *options, *certificates, *ready, "-t", IMAGE, ".", environment=storage)
     return IMAGE
