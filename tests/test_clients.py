@@ -6,6 +6,7 @@ embedded model says what it likes, so that only the form is compared.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -48,6 +49,15 @@ WEATHER = {
     },
 }
 WEATHER_CALL = 'script:hm</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sweep() -> Iterator[None]:
+    """What others' clients leave open is swept up here, and not complained of in the middle of somebody else's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
