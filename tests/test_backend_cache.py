@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stepping import LONG, cached, ids
 
 from stillhouse.backends import machine
 from stillhouse.backends.base import Backend, BackendFailed, Force, GenerationRequest, Sampling, Token
@@ -20,7 +21,6 @@ from stillhouse.backends.sampling import distribution
 from stillhouse.r1.errors import UserError
 
 GREEDY = Sampling(temperature=0)
-LONG = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 ROUNDING = 1e-3  # natural log: what chunks of another size change in a log-probability, in f32
 _ids = itertools.count()
 
@@ -57,15 +57,6 @@ def run(backend: Backend, *until: str) -> dict[str, list[Token]]:
 def reply(backend: Backend, prompt: str | Sequence[int], max_tokens: int = 8, **fields: Any) -> list[Token]:
     request_id = ask(backend, prompt, max_tokens, **fields)
     return run(backend, request_id)[request_id]
-
-
-def ids(tokens: list[Token]) -> list[int]:
-    return [token.token_id for token in tokens]
-
-
-def cached(tokens: list[Token]) -> int:
-    assert tokens[0].started is not None
-    return tokens[0].started.cached_tokens
 
 
 def assert_close(first: list[Token], second: list[Token]) -> None:

@@ -5,7 +5,6 @@ Mostly on a llama with random weights, which takes a millisecond a step; what on
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,50 +14,17 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from stepping import GREEDY, LONG, ask, cached, ids, reply, run
 
 from stillhouse.backends import machine
-from stillhouse.backends.base import BackendFailed, Force, GenerationRequest, LoadOptions, Sampling, Started, Token
+from stillhouse.backends.base import BackendFailed, Force, GenerationRequest, LoadOptions, Sampling, Token
 from stillhouse.backends.engine import Engine
 from stillhouse.backends.llamacpp import LlamaCpp
 from stillhouse.backends.open import open_backend
 from stillhouse.backends.sampling import distribution
 from stillhouse.r1.errors import BadModelFile, UserError
 
-GREEDY = Sampling(temperature=0)
-LONG = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 ROUNDING = 0.05  # natural log: what chunks of another size change in a log-probability, seen 0.02 with an f16 cache
-_ids = itertools.count()
-
-
-def ask(backend: LlamaCpp, prompt: str | Sequence[int], max_tokens: int = 8, **fields: Any) -> GenerationRequest:
-    prompt_ids = backend.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
-    fields = {"sampling": GREEDY, "ignore_eos": True} | fields
-    request = GenerationRequest(id=str(next(_ids)), prompt_ids=prompt_ids, max_tokens=max_tokens, **fields)
-    backend.add(request)
-    return request
-
-
-def run(backend: LlamaCpp) -> dict[str, list[Token]]:
-    """Step until nothing is left to do; the tokens by request."""
-    tokens: dict[str, list[Token]] = {}
-    while sum(backend.load()[:2]) or backend._line.idle:
-        for token in backend.step():
-            tokens.setdefault(token.request_id, []).append(token)
-    return tokens
-
-
-def reply(backend: LlamaCpp, prompt: str | Sequence[int], max_tokens: int = 8, **fields: Any) -> list[Token]:
-    request = ask(backend, prompt, max_tokens, **fields)
-    return run(backend)[request.id]
-
-
-def ids(tokens: list[Token]) -> list[int]:
-    return [token.token_id for token in tokens]
-
-
-def cached(tokens: list[Token]) -> int:
-    assert isinstance(tokens[0].started, Started)
-    return tokens[0].started.cached_tokens
 
 
 @pytest.fixture

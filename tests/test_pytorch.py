@@ -5,7 +5,6 @@ On models with random weights, which take a few milliseconds a step; what only a
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stepping import GREEDY, LONG, ask, cached, ids, reply, run
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install stillhouse[torch]")
 transformers = pytest.importorskip(
@@ -28,7 +28,6 @@ from stillhouse.backends.base import (  # noqa: E402
     GenerationRequest,
     LoadOptions,
     Sampling,
-    Started,
     Token,
 )
 from stillhouse.backends.hf_vocabulary import read_vocabulary  # noqa: E402
@@ -40,41 +39,6 @@ from stillhouse.backends.pytorch_sampler import Memory, Sampler, plain_chances, 
 from stillhouse.backends.rowsampler import Breakers  # noqa: E402
 from stillhouse.backends.sampling import distribution  # noqa: E402
 from stillhouse.r1.errors import BadModelFile, UserError  # noqa: E402
-
-GREEDY = Sampling(temperature=0)
-LONG = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
-_ids = itertools.count()
-
-
-def ask(backend: PyTorch, prompt: str | Sequence[int], max_tokens: int = 8, **fields: Any) -> GenerationRequest:
-    prompt_ids = backend.vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
-    fields = {"sampling": GREEDY, "ignore_eos": True} | fields
-    request = GenerationRequest(id=str(next(_ids)), prompt_ids=prompt_ids, max_tokens=max_tokens, **fields)
-    backend.add(request)
-    return request
-
-
-def run(backend: PyTorch) -> dict[str, list[Token]]:
-    """Step until nothing is left to do; the tokens by request."""
-    tokens: dict[str, list[Token]] = {}
-    while sum(backend.load()[:2]) or backend._line.idle:
-        for token in backend.step():
-            tokens.setdefault(token.request_id, []).append(token)
-    return tokens
-
-
-def reply(backend: PyTorch, prompt: str | Sequence[int], max_tokens: int = 8, **fields: Any) -> list[Token]:
-    request = ask(backend, prompt, max_tokens, **fields)
-    return run(backend)[request.id]
-
-
-def ids(tokens: Sequence[Token]) -> list[int]:
-    return [token.token_id for token in tokens]
-
-
-def cached(tokens: Sequence[Token]) -> int:
-    assert isinstance(tokens[0].started, Started)
-    return tokens[0].started.cached_tokens
 
 
 @pytest.fixture
