@@ -34,6 +34,7 @@ def _serve(argv: list[str]) -> int:
     parser = flags_of("serve", "Serve a model to OpenAI clients.", _SERVE_EXAMPLES)
     flags.add_model_flags(parser)
     flags.add_server_flags(parser)
+    flags.add_upstream_flags(parser)
     arguments = parser.parse_args(argv)
     settings, options, template, urls = (
         flags.settings(arguments),

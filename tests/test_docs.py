@@ -101,6 +101,7 @@ def test_the_operations_page_names_every_flag():
     parser = argparse.ArgumentParser(add_help=False)
     settings.add_model_flags(parser)
     settings.add_server_flags(parser)
+    settings.add_upstream_flags(parser)
     real = set(re.findall(r"(?<!\w)--[a-z-]+", parser.format_help()))
     assert not real - set(re.findall(r"`(--[a-z-]+)`", _read("docs/operations.md")))
 
@@ -109,6 +110,7 @@ def test_the_operations_page_tells_the_real_defaults():
     page, parser = _read("docs/operations.md"), argparse.ArgumentParser()
     settings.add_model_flags(parser)
     settings.add_server_flags(parser)
+    settings.add_upstream_flags(parser)
     given = vars(parser.parse_args([]))
     for flag in ("parallel", "kv_type", "batch_tokens", "host", "port", "max_body", "max_waiting", "grace"):
         (told,) = re.findall(rf"^\| `--{flag.replace('_', '-')}` \| `?([^`|]+?)`? \|", page, re.MULTILINE)
