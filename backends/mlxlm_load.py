@@ -30,12 +30,15 @@ def _limits_as_they_are() -> Iterator[None]:
 with _limits_as_they_are():
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
+    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tuner.lora import LoRALinear
     from mlx_lm.utils import load_adapters, load_model
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _SAME_AS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+__all__ = ["BatchKVCache", "KVCache", "choose_device", "fit", "load", "mx"]
 
 
 def choose_device(options: LoadOptions) -> None:
