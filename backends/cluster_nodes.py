@@ -97,7 +97,7 @@ class Nodes:
                 self._check()
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise UserError("; ".join(node.trouble or "" for node in missing), self._way_in(missing[0]))
+                    raise UserError("; ".join(node.trouble or "" for node in missing), self.way_in(missing[0]))
                 self.changed.wait(min(left_s, 0.5))
 
     def check_versions(self) -> None:
@@ -307,7 +307,8 @@ class Nodes:
         if self._closed:
             raise UserError("the cluster is being stopped")
 
-    def _way_in(self, node: Node) -> str:
+    def way_in(self, node: Node) -> str:
+        """What to try where a node does not come."""
         if self._agents:
             host, port = self.door.address
             return f"is `stillhouse cluster node --join {host}:{port} --key-file FILE` running there?"

@@ -51,7 +51,7 @@ class Cluster:
         self.groups: list[Group] = []
         self._wanted = wanted
         self._way: Way = wanted.way
-        self._transport = _transport(wanted)
+        self._transport: Transport = _transport(wanted)
         self._closing = threading.Lock()
         self._closed = False
         self.nodes = wanted.reach.open()

@@ -1,4 +1,4 @@
-"""Several engines, each with a copy of one model, as one: a request goes where its beginning was read, or to the idlest.
+"""Engines with a copy of one model each, as one: a request goes where its beginning was read, or to the idlest.
 
 One that is down is passed over; what was in it is lost with it, as on any engine.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,15 @@ def settings(arguments: argparse.Namespace) -> Settings:
         max_waiting=arguments.max_waiting,
         grace_s=arguments.grace,
     )
+
+
+def warn_of_strangers(settings: Settings) -> None:
+    """Say on stderr where everybody would be answered."""
+    if not settings.local_only and not settings.key_hashes:
+        print(
+            f"warning: anyone who can reach {settings.host} can use this server; --api-key-file asks for a key",
+            file=sys.stderr,
+        )
 
 
 def chat_template(arguments: argparse.Namespace) -> str | None:
