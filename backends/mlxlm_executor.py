@@ -60,6 +60,10 @@ class LocalExecutor:
         mx.eval(logits)
         return np.array(logits)
 
+    def memory_bytes(self) -> int:
+        """What MLX has in use: weights and states."""
+        return mx.get_active_memory()
+
     def clear(self) -> None:
         """Forget all states."""
         self._states.clear()

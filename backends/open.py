@@ -197,10 +197,10 @@ def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions, choice: Choice
     return Opened(backend, header.chat_template, *backend.vocabulary.boundary_texts(), choice.reason)
 
 
-def open_cluster(paths: Sequence[Path], options: LoadOptions, executor: Executor) -> Opened:
-    """The head's part of a model whose weights a cluster has: the words, and who decides. Loads no runtime."""
+def open_ranks(paths: Sequence[Path], options: LoadOptions, ranks: Executor) -> Opened:
+    """The head's part of a model whose weights the ranks of a cluster have: words and a scheduler. Loads no runtime."""
     checkpoint = read_checkpoint(paths, options)
-    return _schedule(checkpoint, _vocabulary_of(checkpoint), executor, options, "it is a cluster")
+    return _schedule(checkpoint, _vocabulary_of(checkpoint), ranks, options, "a cluster has the weights")
 
 
 def _open_mlx(checkpoint: Checkpoint, options: LoadOptions, choice: Choice) -> Opened:
