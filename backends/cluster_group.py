@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ..r1.errors import UserError
 from .base import BackendFailed, LoadOptions
 from .cluster_nodes import Node, Nodes
+from .cluster_ranks import Ranks
 from .cluster_wire import Wire, WireBroken
 
 BEAT_EVERY_S = 1.0
@@ -37,54 +39,6 @@ Strategy = Literal["tensor", "pipeline", "single"]
 Transport = Literal["ring", "jaccl", "jaccl-ring"]
 
 
-class Ranks(Protocol):
-    """The ranks of one epoch, as `cluster_ranks.py` drives them. Any thread may call these."""
-
-    failure: str | None
-    last_step_at: float  # `time.monotonic()` of the last collective step that came to its end
-
-    def wait_joined(self, timeout_s: float) -> None:
-        """Until all have found one another. Raises `UserError`, or `BackendFailed` where one is late."""
-        ...
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Until all have loaded. Raises `UserError` in the words of a rank, or `BackendFailed`."""
-        ...
-
-    def beat(self) -> None:
-        """One small collective step, unless there is one in progress. Raises `BackendFailed`."""
-        ...
-
-    def fail(self, words: str) -> None:
-        """Give them up, in these words."""
-        ...
-
-    def table(self) -> Sequence[RankState]:
-        """What is known of each rank."""
-        ...
-
-    def close(self) -> None:
-        """Tell them to stop."""
-        ...
-
-
-class RankState(Protocol):
-    """One rank, as far as it is known."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def hello(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def heard_s(self) -> float: ...  # noqa: D102
-    @property
-    def step(self) -> int: ...  # noqa: D102
-
-
-MakeRanks = Callable[[Sequence[Wire], int], Ranks]
-"""How the wires of an epoch become ranks."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """What a group's ranks load."""
@@ -99,15 +53,14 @@ class Shard:
 class Group:
     """Keeps one group of ranks up until `close`."""
 
-    def __init__(self, number: int, nodes: Nodes, members: Sequence[Node], shard: Shard, make_ranks: MakeRanks) -> None:
+    def __init__(self, number: int, nodes: Nodes, members: Sequence[Node], shard: Shard) -> None:
         self.number = number
         self.epoch = 0
         self.restarts = 0
         self.state: Literal["starting", "up", "down"] = "starting"
         self._reason = "the ranks are being started"  # why it is not up
-        self._nodes, self._members, self._shard, self._make_ranks = nodes, list(members), shard, make_ranks
+        self._nodes, self._members, self._shard = nodes, list(members), shard
         self._ranks: Ranks | None = None  # the last that were up
-        self._coming: Ranks | None = None  # of the epoch, also while they start
         self._exited: dict[int, str] = {}  # rank -> how it ended, in the epoch
         self._codes: dict[int, int] = {}
         self._given: Ranks | None = None  # with what the backend was made
@@ -129,7 +82,12 @@ class Group:
             if self._ranks is None:
                 raise UserError(_STOPPED)
             self._given = self._ranks
-            return self._ranks
+            # Whoever schedules requests has reckoned with these by now.
+            options = dataclasses.replace(
+                self._shard.options, context=self._given.context_length, cache_tokens=self._given.cache_tokens
+            )
+            self._shard = dataclasses.replace(self._shard, options=options)
+            return self._given
 
     def attach(self, renew: Callable[[Ranks], None]) -> None:
         """Take over: from now on it is looked after. `renew` has the backend go on with other ranks."""
@@ -144,12 +102,12 @@ class Group:
         if self.state != "up" or ranks is None:
             return self._reason
         age_s = time.monotonic() - ranks.last_step_at
-        return ranks.failure or (f"no collective step for {age_s:.0f} s" if age_s > _STALE_S else None)
+        return ranks.trouble or (f"no collective step for {age_s:.0f} s" if age_s > _STALE_S else None)
 
     def table(self) -> dict[str, Any]:
         """What is known of it, as JSON."""
         ranks, trouble = self._ranks, self.trouble
-        told = {entry.rank: entry for entry in (ranks.table() if ranks else ())}
+        told = {entry["rank"]: entry for entry in (ranks.table() if ranks else ())}
         return {
             "group": self.number,
             "state": "up" if trouble is None else "starting" if self.state == "starting" else "down",
@@ -159,7 +117,7 @@ class Group:
             "strategy": self._shard.strategy,
             "backend": self._shard.transport,
             "last_step_age_s": None if ranks is None else round(time.monotonic() - ranks.last_step_at, 3),
-            "ranks": [self._row(rank, node, told.get(rank), trouble) for rank, node in enumerate(self._members)],
+            "ranks": [self._row(rank, node, told.get(rank, {}), trouble) for rank, node in enumerate(self._members)],
         }
 
     def close(self) -> None:
@@ -167,8 +125,6 @@ class Group:
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
-        if self._coming and self.state == "starting":
-            self._coming.fail(_STOPPED)
         if self._thread.is_alive():
             self._thread.join(_END_S + 5)
 
@@ -216,16 +172,10 @@ class Group:
         self.epoch = self._nodes.next_epoch(len(self._members))
         for node, order in zip(self._members, orders(self._members, self._shard, self.epoch), strict=True):
             self._nodes.send(node, {"start": order})
-        ranks = self._make_ranks(self._connected(), self.epoch)
-        with self._changed:
-            self._coming = ranks
-        try:
-            ranks.wait_joined(_JOIN_S)
-            ranks.wait_ready(self._shard.ready_s)
-        except BackendFailed:
-            self._check()  # how a rank ended is known to its node, and tells more
-            raise
-        return ranks
+        wires = self._connected()
+        self._hear(wires, "joined", _JOIN_S, "has not found its neighbours (a stranger on its port, or a firewall)")
+        ready = self._hear(wires, "ready", self._shard.ready_s, "has not loaded the model")
+        return Ranks(wires, epoch=self.epoch, ready=ready)
 
     def _connected(self) -> list[Wire]:
         """The wires of the ranks, in order, when all have come."""
@@ -234,23 +184,61 @@ class Group:
             wires = self._nodes.ranks(self.epoch)
             if all(wires):
                 return [wire for wire in wires if wire]
-            self._check()
-            for node in self._members:
-                if node.wire is None:
-                    raise _Late(node.trouble or f"host {node.name} is gone")
-            if time.monotonic() > deadline:
-                rank = wires.index(None)
-                raise _Late(f"rank {rank} on {self._members[rank].name} has not started in {_CONNECT_S:g} s")
+            rank = wires.index(None)
+            self._check(deadline, f"rank {rank} on {self._members[rank].name} has not started in {_CONNECT_S:g} s")
             with self._nodes.changed:
                 self._nodes.changed.wait(0.05)
 
-    def _check(self) -> None:
-        """Raise `UserError` where the cluster is being stopped, or a rank of this epoch has ended."""
+    def _hear(self, wires: Sequence[Wire], word: str, limit_s: float, otherwise: str) -> list[dict[str, Any]]:
+        """Wait until every rank has said a word; what it said with it."""
+        deadline = time.monotonic() + limit_s
+        said: list[dict[str, Any]] = []
+        for rank, wire in enumerate(wires):
+            who = f"rank {rank} on {self._members[rank].name}"
+            while len(said) == rank:
+                try:
+                    self._check(deadline, f"{who} {otherwise} in {limit_s:g} s")
+                    message, _ = wire.receive(0.1)
+                except TimeoutError:
+                    continue
+                except WireBroken:
+                    self._closed.wait(0.3)  # how it ended is known to its node, and tells more
+                    self._tell(wires)
+                    self._check(deadline, otherwise)
+                    raise
+                except UserError:
+                    self._tell(wires)
+                    raise
+                self._refuse(rank, message)
+                if message.get(word):
+                    said.append(message)
+        return said
+
+    def _tell(self, wires: Sequence[Wire]) -> None:
+        """Raise what a rank said before it ended: the others end of it, and know less."""
+        for rank, wire in enumerate(wires):
+            with contextlib.suppress(TimeoutError, WireBroken):
+                while True:
+                    self._refuse(rank, wire.receive(0.02)[0])
+
+    def _refuse(self, rank: int, message: Mapping[str, Any]) -> None:
+        if message.get("error"):
+            kind = UserError if message.get("user") else _Late
+            raise kind(f"rank {rank} on {self._members[rank].name}: {message['error']}", message.get("hint"))
+
+    def _check(self, deadline: float = math.inf, otherwise: str = "") -> None:
+        """Raise `UserError` where the cluster is being stopped, or this epoch has failed or had its time."""
         if self._closed.is_set():
             raise UserError(_STOPPED)
         for rank, words in sorted(self._exited.items()):
             kind = UserError if self._codes[rank] == UserError.exit_code else _Late
             raise kind(f"rank {rank} on {self._members[rank].name} {words}")
+        if self.epoch:
+            for node in self._members:
+                if node.wire is None:
+                    raise _Late(node.trouble or f"host {node.name} is gone")
+        if time.monotonic() > deadline:
+            raise _Late(otherwise)
 
     def _take(self, ranks: Ranks) -> None:
         """Have the backend go on with these ranks; at the first time, wait for it to be made."""
@@ -265,18 +253,18 @@ class Group:
     def _watch(self, ranks: Ranks) -> str:
         """Have idle ranks beat, until something is wrong; what."""
         while not self._closed.wait(0.1):
-            if ranks.failure:
-                return ranks.failure
+            if ranks.trouble:
+                return ranks.trouble
             if time.monotonic() - ranks.last_step_at > BEAT_EVERY_S:
-                with contextlib.suppress(BackendFailed):  # `failure` says it
+                with contextlib.suppress(BackendFailed):  # `trouble` says it
                     ranks.beat()
         return _STOPPED
 
     def _end(self, reason: str) -> None:
         """End what is left of an epoch, whatever state it is in."""
         self.state, self._reason = "down", reason
-        if self._coming:
-            self._coming.close()
+        if self._ranks:
+            self._ranks.close()
         for node in self._members:
             with contextlib.suppress(WireBroken):
                 self._nodes.send(node, {"stop": self.epoch})
@@ -297,10 +285,10 @@ class Group:
             self._codes[rank] = message["exited"]
             how = self._exited[rank] = _ending(message["exited"], message.get("words") or "")
             words = f"rank {rank} on {self._members[rank].name} {how}"
-        if words and self._coming:
-            self._coming.fail(words)
+        if words and self._ranks and self.state == "up":
+            self._ranks.fail(words)
 
-    def _row(self, rank: int, node: Node, told: RankState | None, trouble: str | None) -> dict[str, Any]:
+    def _row(self, rank: int, node: Node, told: Mapping[str, Any], trouble: str | None) -> dict[str, Any]:
         return {
             "rank": rank,
             "host": node.name,
@@ -308,11 +296,10 @@ class Group:
             "up": trouble is None and node.wire is not None and rank not in self._exited,
             "node_connected": node.wire is not None,
             "exited": self._exited.get(rank),
-            "pid": told.hello.get("pid") if told else None,
-            "step": told.step if told else None,
-            "heard_age_s": round(told.heard_s, 3) if told else None,
-            "memory_total_bytes": node.hello.get("memory_bytes"),
-            "memory_free_bytes": node.hello.get("free_bytes"),
+            "pid": told.get("pid"),
+            "step": told.get("step"),
+            "heard_age_s": round(told["heard_s"], 3) if told else None,
+            "memory_bytes": told.get("memory_bytes"),
         }
 
 

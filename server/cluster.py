@@ -15,7 +15,6 @@ from ..backends.base import Backend, LoadOptions
 from ..backends.checkpoint import Checkpoint, read_checkpoint
 from ..backends.cluster_group import Group, Shard, Transport
 from ..backends.cluster_nodes import Node
-from ..backends.cluster_ranks import Ranks
 from ..backends.cluster_split import Strategy, check_split
 from ..backends.engine import Engine
 from ..backends.open import Opened, open_ranks
@@ -67,7 +66,7 @@ class Cluster:
             )
         checkpoint = read_checkpoint(files.paths, wanted.options)
         if self._way != "auto":
-            check_split(checkpoint, *self._split(self._way), wanted.options)
+            check_split(checkpoint, *self._split(self._way))
         self.nodes.wait(wanted.reach.nodes_s)
         self.nodes.check_versions()
         folders = self._find(wanted.model)
@@ -88,7 +87,6 @@ class Cluster:
                     options=wanted.options,
                     ready_s=wanted.ready_s,
                 ),
-                Ranks,
             )
             for number, first in enumerate(range(0, len(members), size))
         ]
@@ -164,7 +162,7 @@ class Cluster:
             return "replicas"
         for way in ("tensor", "pipeline"):
             try:
-                check_split(checkpoint, *self._split(way), self._wanted.options)
+                check_split(checkpoint, *self._split(way))
             except UserError:
                 continue
             return way

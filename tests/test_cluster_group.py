@@ -47,7 +47,7 @@ class Head:
             options=LoadOptions(),
             ready_s=ready_s,
         )
-        self.group = Group(0, self.nodes, self.nodes.nodes, shard, Ranks)
+        self.group = Group(0, self.nodes, self.nodes.nodes, shard)
         self.taken: list[Ranks] = []
 
     def up(self) -> Head:
@@ -178,8 +178,8 @@ def test_strangers_at_the_door_change_nothing(head):
             wire = connect(*head.door.address, head.key, hello, 5)
             with pytest.raises(WireBroken):
                 wire.receive(5)
-        before = ranks.table()[1].step
-        assert within(5, lambda: ranks.table()[1].step > before + 1)
+        before = ranks.table()[1]["step"]
+        assert within(5, lambda: ranks.table()[1]["step"] > before + 1)
     assert (head.group.trouble, head.group.epoch, head.taken) == (None, 1, [ranks])
 
 
