@@ -98,12 +98,12 @@ class Rank:
         if not weights:
             raise UserError(f"there are no safetensors in {spec.model}", "copy the whole folder to every host")
         checkpoint = read_checkpoint(weights, spec.options)
+        check_split(checkpoint, spec.strategy, spec.size)
         try:
             from . import mlxlm_share
             from .mlxlm_executor import LocalExecutor
         except ImportError as error:
             raise UserError(f"MLX cannot be loaded: {error}", 'pip install "stillhouse[mlx]"') from None
-        check_split(checkpoint, spec.strategy, spec.size)
         group = mlxlm_share.join_group(spec.rank, spec.size)
         self._wire.send({"joined": True})
         share, fitted = mlxlm_share.load_share(checkpoint, spec.options, spec.strategy, spec.rank, spec.size, group)

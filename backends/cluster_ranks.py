@@ -184,11 +184,16 @@ class Ranks:
         return self._first_s if slowest_s is None else self._stall_s + 4 * slowest_s * tokens
 
     def _wait(self, kind: str, deadline: float) -> tuple[dict[str, Any], memoryview]:
+        """Rank 0's answer, when all have acknowledged the step; or give them up and raise `BackendFailed`."""
+        watched_from = before = time.monotonic()
         with self._changed:
             while any(rank.step < self._step for rank in self._ranks) and self.trouble is None:
                 now = time.monotonic()
-                silent = [rank for rank in self._ranks if now - rank.heard_at > SILENT_S]
+                if now - before > 1:  # this process itself stood still: nobody can be blamed for that time
+                    watched_from, deadline = now, deadline + now - before
+                before = now
                 late = [rank for rank in self._ranks if rank.step < self._step]
+                silent = [rank for rank in late if now - max(rank.heard_at, watched_from) > SILENT_S]
                 if silent:
                     self._give_up(f"{_names(silent)} of {len(self._ranks)} said nothing for {SILENT_S:g} s")
                 elif now > deadline:
