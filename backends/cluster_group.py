@@ -30,7 +30,7 @@ _CONNECT_S = 60.0  # that ranks have to start in
 _JOIN_S = 10.0  # that they have to find one another; a stranger on a ring's port makes them wait for ever
 _END_S = 5.0  # that ranks have to end in
 _PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between two starts
-_CALM_S = 60.0  # up for so long: the next failure is a first one
+_CALM_S = 10.0  # up for so long: the next failure is a first one
 _FIRST_TRIES = 4
 _STOPPED = "the cluster is being stopped"
 _PORTS = range(20_000, 32_000)  # below those that systems give to clients
@@ -133,10 +133,11 @@ class Group:
     def _run(self) -> None:
         failures = 0
         while not self._closed.is_set():
-            began_at = time.monotonic()
+            up_at = math.inf
             try:
                 ranks = self._start()
                 self._take(ranks)
+                up_at = time.monotonic()
                 reason = self._watch(ranks)
             except (UserError, OSError) as error:
                 known = error if isinstance(error, UserError) else UserError(f"the ranks cannot be started: {error}")
@@ -144,7 +145,7 @@ class Group:
                 if self._gives_up(known, failures):
                     return
             self._end(reason)
-            failures = 1 if time.monotonic() - began_at > _CALM_S else failures + 1
+            failures = 1 if time.monotonic() - up_at > _CALM_S else failures + 1
             if not self._closed.is_set():
                 self.restarts += 1
             self._closed.wait(_PAUSES_S[min(failures - 1, len(_PAUSES_S) - 1)])

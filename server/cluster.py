@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..backends.base import Backend, LoadOptions
@@ -69,7 +70,8 @@ class Cluster:
             check_split(checkpoint, *self._split(self._way))
         self.nodes.wait(wanted.reach.nodes_s)
         self.nodes.check_versions()
-        folders = self._find(wanted.model)
+        local = Path(wanted.model).expanduser()
+        folders = self._find(str(local.resolve()) if local.exists() else wanted.model)
         if self._way == "auto":
             self._way = self._choose(checkpoint)
         strategy, size = self._split(self._way)

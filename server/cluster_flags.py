@@ -81,8 +81,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="auto, tensor, pipeline or replicas; auto: a copy on every host where it fits, else tensor",
     )
-    flags.flag(
-        group,
+    group.add_argument(  # STILLHOUSE_BACKEND is `serve`'s, whose backends are others
         "--backend",
         type=flags.one_of("auto", "ring", "jaccl", "jaccl-ring"),
         default="auto",

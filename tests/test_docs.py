@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -84,12 +85,22 @@ def test_the_api_page_names_every_error_code():
     assert len(codes) > 8 and not {code for code in codes if isinstance(code, str)} - words
 
 
+class _Ranks:
+    """A cluster's table, as far as metrics read it."""
+
+    def table(self) -> dict[str, Any]:
+        rank = {"rank": 0, "host": "here", "up": True}
+        return {"groups": [{"group": 0, "epoch": 1, "last_step_age_s": 0.5, "ranks": [rank]}]}
+
+
 def test_the_api_page_names_every_metric_and_no_other():
     metrics, engine = Metrics(), Engine(Echo())
     metrics.serve("echo", engine)
     upstream = Metrics()
     upstream.serve_upstreams("echo", Upstreams([Upstream("http://x", model=None, key=None, silence_s=1)], 1))
-    page = metrics.page().decode() + upstream.page().decode()
+    cluster = Metrics()
+    cluster.serve_cluster("echo", _Ranks())
+    page = metrics.page().decode() + upstream.page().decode() + cluster.page().decode()
     engine.close()
     real = {name for name in re.findall(r"^# TYPE (\w+)", page, re.MULTILINE) if not name.endswith("_created")}
     told = set(re.findall(r"r1_\w+", _read("docs/api.md")))
