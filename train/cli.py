@@ -61,6 +61,7 @@ def run(command: str, argv: list[str]) -> int:
     one.add_argument("run", help="folder of a run")
     one.add_argument("--to", required=True, choices=("gguf-lora", "peft", "mlx", "merged"))
     one.add_argument("--output", metavar="PATH", help="default: in the run's folder")
+    one.add_argument("--half", action="store_true", help="gguf-lora in 16 bits: half the size")
     one.add_argument("--model", help="for merged: the base model (default: the run's)")
     one = add("report", "write one HTML page about a run", _report)
     one.add_argument("run", help="folder of a run")
@@ -255,7 +256,7 @@ def _export(arguments: argparse.Namespace) -> int:
     names = {"gguf-lora": "adapter.gguf", "peft": "adapter", "mlx": "mlx", "merged": "merged.gguf"}
     output = Path(arguments.output) if arguments.output else folder / names[arguments.to]
     if arguments.to == "gguf-lora":
-        export.save_gguf(adapter, output)
+        export.save_gguf(adapter, output, half=arguments.half)
     elif arguments.to == "peft":
         export.save_peft(adapter, output)
     elif arguments.to == "mlx":
