@@ -54,6 +54,7 @@ def run(command: str, argv: list[str]) -> int:
     _run_flags(one)
     one.add_argument("--items", type=int, default=200, help="held-out items (default 200)")
     one.add_argument("--samples", type=int, default=1, help="replies an item (default 1); more give pass@k and maj@k")
+    one.add_argument("--against", metavar="RUN", help="compare with this run in place of the base model")
     one.add_argument("--by", metavar="COLUMN", help="also for each value of this column of the items: --by family")
     one.add_argument("--replies", metavar="FILE", help="write every reply there, one JSON object a line")
     one.add_argument("--json", action="store_true", help="print JSON")
@@ -192,11 +193,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     paths, folder = find_model(arguments.model or config.model.name)
     task = open_task(config.task)
     items = task.held_out[: arguments.items]
+    base = find_model(f"{config.model.name}+{arguments.against}")[1] if arguments.against else None
+    compared = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
+    if folder:
+        compared[folder.name] = folder / "adapter.gguf"
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
     settings = config.evaluation
     found = {}
     try:
-        for name, adapter in {"base": None, **({folder.name: folder / "adapter.gguf"} if folder else {})}.items():
+        for name, adapter in compared.items():
             rollouts.use(adapter)
             found[name] = evaluate(
                 rollouts,
