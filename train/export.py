@@ -100,7 +100,7 @@ def load_peft(folder: Path) -> Adapter:
 
 
 def save_gguf(adapter: Adapter, path: Path, *, half: bool = False) -> None:
-    """Write the file that llama.cpp reads, for `stillhouse serve --lora`; whole or not at all. `half`: 16-bit floats."""
+    """Write the file that llama.cpp reads, for `stillhouse serve --lora`; whole or not at all; `half`: in 16 bits."""
     import gguf
 
     width = np.float16 if half else np.float32
