@@ -18,7 +18,8 @@ from stillhouse.r1.errors import UserError  # noqa: E402
 from stillhouse.r1.gguf import read_header  # noqa: E402
 from stillhouse.train import export  # noqa: E402
 from stillhouse.train.basemodel import copy_model, read_base, read_tensors  # noqa: E402
-from stillhouse.train.policy import Group, LoraLinear, Policy, Switch, log_probabilities, micro_batches, share_changed  # noqa: E402
+from stillhouse.train.layers import GatedMlp, LoraLinear, Norm, Switch, share_changed  # noqa: E402
+from stillhouse.train.policy import Group, Policy, log_probabilities, micro_batches  # noqa: E402
 
 ARCHITECTURES = ("llama", "qwen2")
 
@@ -137,6 +138,35 @@ def test_how_far_an_adapter_moves_is_measured_without_the_whole_matrix():
     assert share_changed(layer) == pytest.approx(whole, rel=1e-5)
 
 
+def test_the_layers_keep_less_and_give_the_same_gradients():
+    """Each against finite differences in f64."""
+    generator = torch.Generator().manual_seed(1)
+
+    def some(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+    def linear(inside: int, outside: int) -> LoraLinear:
+        base = torch.nn.Linear(inside, outside, dtype=torch.float64).requires_grad_(False)
+        layer = LoraLinear(base, 2, 4.0, Switch()).double()
+        torch.nn.init.normal_(layer.a, generator=generator)
+        torch.nn.init.normal_(layer.b, generator=generator)
+        return layer
+
+    norm = torch.nn.Module()
+    norm.weight, norm.variance_epsilon = some(6).requires_grad_(False), 1e-3
+    mlp = torch.nn.Module()
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = linear(6, 5), linear(6, 5), linear(5, 6)
+    layer = linear(6, 4)
+    for module in (Norm(norm), GatedMlp(mlp), layer):
+        assert torch.autograd.gradcheck(module, some(2, 3, 6))
+    x = some(3, 6).detach()
+
+    def adapted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"a": a, "b": b}, x)
+
+    assert torch.autograd.gradcheck(adapted, (layer.a, layer.b))
+
+
 def test_micro_batches_hold_the_budget_and_lose_nothing():
     groups = [Group([1] * n, [[1, 1]]) for n in (3, 50, 8, 20, 1)]
     batches = micro_batches(groups, 30)
@@ -177,6 +207,17 @@ def test_an_exported_adapter_gives_llamacpp_the_trainers_numbers(
     with torch.no_grad():
         stale = policy.score([Group(prompt, replies)]).logp.numpy()
     assert np.abs(stale - theirs).max() > 0.05  # an adapter that is not there would be seen
+
+
+def test_an_adapter_in_sixteen_bits_holds_the_same_numbers_rounded(model_paths, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    adapter = adapter_of(make_policy(model_paths["llama"]))
+    export.save_gguf(adapter, tmp_path / "whole.gguf")
+    export.save_gguf(adapter, tmp_path / "half.gguf", half=True)
+    whole, half = (gguf.GGUFReader(tmp_path / name).tensors for name in ("whole.gguf", "half.gguf"))
+    assert [it.name for it in whole] == [it.name for it in half]
+    for one, other in zip(whole, half, strict=True):
+        assert other.data.dtype == np.float16 and np.array_equal(one.data.astype(np.float16), other.data)
 
 
 def test_a_swapped_adapter_forgets_what_the_old_one_computed(open_llama, model_paths, tmp_path):
