@@ -104,8 +104,9 @@ class _Rank:
         assert self._process.stdout
         for line in self._process.stdout:
             text = line.decode(errors="replace").rstrip()
-            self._last_line = text or self._last_line
-            _say(f"rank {self._number}: {text}")
+            if text and text != self._last_line:  # MLX says some things ten times
+                self._last_line = text
+                _say(f"rank {self._number}: {text}")
         code = self._process.wait()
         self._process.stdout.close()
         self._folder.cleanup()
