@@ -165,7 +165,8 @@ class Group:
         """Start an epoch: order its ranks, wait until they have found one another and have loaded."""
         while lost := [node for node in self._members if node.wire is None]:
             self._reason = "; ".join(node.trouble or "" for node in lost)
-            self._check()
+            if self._closed.is_set():
+                raise UserError(_STOPPED)
             with self._nodes.changed:
                 self._nodes.changed.wait(0.5)
         self._nodes.check_versions()
