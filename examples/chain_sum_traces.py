@@ -3,7 +3,8 @@
     python examples/chain_sum_traces.py --count 400 > traces.jsonl
     stillhouse train sft --data traces.jsonl --out cold
 
-Every trace adds one number after the other, and the larger ones digit by digit, now and then with a second look.
+Every trace adds one number after the other, and the larger ones digit by digit, now and then with a second look;
+with --brief only the arithmetic, a third shorter and faster to learn from.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import random
 
 
-def trace(chance: random.Random, most_terms: int, most_digits: int) -> dict[str, str]:
+def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool) -> dict[str, str]:
     """One question with its thoughts and answer; the question reads as reasoning-gym's chain_sum does."""
     terms = [chance.randrange(10 ** (most_digits - 1) if chance.random() < 0.5 else 1, 10**most_digits)]
     signs = []
@@ -31,7 +32,9 @@ def trace(chance: random.Random, most_terms: int, most_digits: int) -> dict[str,
         else:
             thoughts.append(f"{total} {sign} {term} = {after}.")
         total = after
-    if chance.random() < 0.2:
+    if brief:
+        thoughts = thoughts[1:]
+    elif chance.random() < 0.2:
         thoughts.append(f"Wait, let me check: {expression} = {total}. Yes.")
     return {
         "prompt": f"State the final answer to the following arithmetic problem: {expression} =",
@@ -44,11 +47,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--terms", type=int, default=3, help="at most (default 3)")
     parser.add_argument("--digits", type=int, default=2, help="at most (default 2)")
+    parser.add_argument("--brief", action="store_true", help="thoughts of arithmetic only")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     for _ in range(arguments.count):
-        print(json.dumps(trace(chance, arguments.terms, arguments.digits)))
+        print(json.dumps(trace(chance, arguments.terms, arguments.digits, arguments.brief)))
 
 
 if __name__ == "__main__":

@@ -203,9 +203,27 @@ def test_from_probe_to_served_adapter_by_commands_alone(random_model, tmp_path, 
     train("sft", "--config", "run.toml", "--data", "data.jsonl", "--out", "cold")
     slow = ("--set", "optimizer.lr=1e-4")
     train("grpo", "--config", "run.toml", "--start", "cold", "--out", "run1", "--anyway", *slow)
-    told = train("eval", "--config", "run.toml", "--model", "toy.gguf+run1", "--samples", "2", "--json")
+    told = train(
+        "eval",
+        "--config",
+        "run.toml",
+        "--model",
+        "toy.gguf+run1",
+        "--samples",
+        "2",
+        "--json",
+        "--by",
+        "answer",
+        "--replies",
+        "replies.jsonl",
+    )
     found = json.loads(told)
+    assert sum(part["items"] for part in found["run1"]["by"].values()) == found["run1"]["items"] == 4
+    rows = [json.loads(line) for line in Path("replies.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["model"] for row in rows] == ["base"] * 8 + ["run1"] * 8 and rows[0]["prompt"] and rows[0]["answer"]
     assert found["run1"]["format"] > found["base"]["format"] == 0.0 and math.isfinite(found["gain"][0])
+    told = train("eval", "--config", "run.toml", "--model", "toy.gguf+run1", "--against", "cold", "--json")
+    assert set(json.loads(told)) == {"cold", "run1", "gain"}
     for kind, name in {"gguf-lora": "adapter.gguf", "mlx": "mlx", "merged": "merged.gguf"}.items():
         assert train("export", "run1", "--to", kind).strip() == str(Path("run1") / name)
         assert Path("run1", name).exists()

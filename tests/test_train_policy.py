@@ -209,6 +209,17 @@ def test_an_exported_adapter_gives_llamacpp_the_trainers_numbers(
     assert np.abs(stale - theirs).max() > 0.05  # an adapter that is not there would be seen
 
 
+def test_an_adapter_in_sixteen_bits_holds_the_same_numbers_rounded(model_paths, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    adapter = adapter_of(make_policy(model_paths["llama"]))
+    export.save_gguf(adapter, tmp_path / "whole.gguf")
+    export.save_gguf(adapter, tmp_path / "half.gguf", half=True)
+    whole, half = (gguf.GGUFReader(tmp_path / name).tensors for name in ("whole.gguf", "half.gguf"))
+    assert [it.name for it in whole] == [it.name for it in half]
+    for one, other in zip(whole, half, strict=True):
+        assert other.data.dtype == np.float16 and np.array_equal(one.data.astype(np.float16), other.data)
+
+
 def test_a_swapped_adapter_forgets_what_the_old_one_computed(open_llama, model_paths, tmp_path):
     backend = open_llama(model_paths["llama"], parallel=2)
     export.save_gguf(adapter_of(make_policy(model_paths["llama"])), tmp_path / "a.gguf")

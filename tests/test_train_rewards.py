@@ -122,7 +122,8 @@ def test_an_unknown_generator_and_an_unknown_option_are_told():
     {
         "tagged": (GOOD, "4"),
         "the last one counts": ("<answer>1</answer><answer> 2 </answer>", "2"),
-        "not from the thoughts": ("<think><answer>1</answer></think>so", None),
+        "not from the thoughts": ("<think><answer>1</answer></think>so", "so"),
+        "all that follows the thoughts": ("<think>1 + 1</think>\n\n2 ", "2"),
         "boxed": ("</think>It is \\boxed{x^{2}}!", "x^{2}"),
         "a box that never ends": ("\\boxed{1", None),
         "nothing": ("4", None),
@@ -184,6 +185,22 @@ def test_an_answer_that_contains_the_right_one_gets_nothing():
 def test_the_format_counts_what_the_template_opened(prefix, text, good):
     """TRL's and open-r1's format rewards are always 0 for templates that open the thoughts themselves."""
     assert part("format", text, prefixes=[prefix]) == [good]
+
+
+@pytest.mark.parametrize(
+    "prefix, text, good",
+    [
+        ("", "<think>1 + 1</think>\n\n2", 1.0),
+        ("<think>\n", "1 + 1</think>2", 1.0),
+        ("", "2", 0.0),
+        ("", "<think>1 + 1</think>", 0.0),
+        ("", "<think> </think>2", 0.0),
+        ("", "<think>1 + 1</think><answer>2</answer>", 0.0),
+        ("", "<think>1</think>2</think>", 0.0),
+    ],
+)
+def test_thoughts_are_rewarded_where_a_plain_answer_follows(prefix, text, good):
+    assert part("thoughts", text, prefixes=[prefix]) == [good]
 
 
 def test_the_language_is_a_share_of_words():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..r1.errors import UserError
 from ..r1.flags import flags_of
 from .config import PRESETS, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .tasks import Item
 
 _DESCRIPTION = """A small model gets better at what can be checked. In this order:
 
@@ -50,11 +54,15 @@ def run(command: str, argv: list[str]) -> int:
     _run_flags(one)
     one.add_argument("--items", type=int, default=200, help="held-out items (default 200)")
     one.add_argument("--samples", type=int, default=1, help="replies an item (default 1); more give pass@k and maj@k")
+    one.add_argument("--against", metavar="RUN", help="compare with this run in place of the base model")
+    one.add_argument("--by", metavar="COLUMN", help="also for each value of this column of the items: --by family")
+    one.add_argument("--replies", metavar="FILE", help="write every reply there, one JSON object a line")
     one.add_argument("--json", action="store_true", help="print JSON")
     one = add("export", "write an adapter in another format", _export)
     one.add_argument("run", help="folder of a run")
     one.add_argument("--to", required=True, choices=("gguf-lora", "peft", "mlx", "merged"))
     one.add_argument("--output", metavar="PATH", help="default: in the run's folder")
+    one.add_argument("--half", action="store_true", help="gguf-lora in 16 bits: half the size")
     one.add_argument("--model", help="for merged: the base model (default: the run's)")
     one = add("report", "write one HTML page about a run", _report)
     one.add_argument("run", help="folder of a run")
@@ -178,18 +186,22 @@ def _grpo(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from .evaluate import difference, evaluate
+    from .evaluate import by_column, difference, evaluate, form_of
     from .rollout import find_model, open_rollouts
     from .tasks import open_task
 
     paths, folder = find_model(arguments.model or config.model.name)
     task = open_task(config.task)
     items = task.held_out[: arguments.items]
+    base = find_model(f"{config.model.name}+{arguments.against}")[1] if arguments.against else None
+    compared = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
+    if folder:
+        compared[folder.name] = folder / "adapter.gguf"
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
     settings = config.evaluation
     found = {}
     try:
-        for name, adapter in {"base": None, **({folder.name: folder / "adapter.gguf"} if folder else {})}.items():
+        for name, adapter in compared.items():
             rollouts.use(adapter)
             found[name] = evaluate(
                 rollouts,
@@ -199,15 +211,21 @@ def _eval(arguments: argparse.Namespace) -> int:
                 max_tokens=config.grpo.max_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                form=form_of(config.rewards),
                 progress=_tell,
             )
     finally:
         rollouts.close()
+    if arguments.replies:
+        _write_replies(Path(arguments.replies), items, found)
     gain = difference(*found.values()) if len(found) == 2 else None
+    parts = {name: by_column(it, items, arguments.by) if arguments.by else {} for name, it in found.items()}
     if arguments.json:
-        print(
-            json.dumps({name: it.summary() for name, it in found.items()} | ({"gain": gain} if gain else {}), indent=2)
-        )
+        told: dict[str, Any] = {name: it.summary() for name, it in found.items()} | ({"gain": gain} if gain else {})
+        for name, some in parts.items():
+            if some:
+                told[name]["by"] = {value: it.summary() for value, it in some.items()}
+        print(json.dumps(told, indent=2))
         return 0
     print(f"{task.name}: {len(items)} held-out items, temperature {settings.temperature}, top-p {settings.top_p}")
     for name, it in found.items():
@@ -218,7 +236,20 @@ def _eval(arguments: argparse.Namespace) -> int:
             print(f"{'':<12} pass@{it.samples} {it.pass_k(it.samples)}  maj@{it.samples} {it.majority}")
     if gain:
         print(f"{'gain':<12} {gain}  (95 %, the same items paired)")
+    for value in next(iter(parts.values())):
+        rates = "  ".join(f"{name} {some[value].pass_1}" for name, some in parts.items())
+        print(f"{value:<12} {rates}")
     return 0
+
+
+def _write_replies(path: Path, items: Sequence[Item], found: Mapping[str, Evaluation]) -> None:
+    """Every reply of every model, with what it was asked and whether it is right."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, evaluation in found.items():
+            for item, judged in zip(items, evaluation.judged, strict=True):
+                for text, right in zip(judged.texts, judged.right, strict=True):
+                    row = {"model": name, "prompt": item.prompt, "text": text, "right": right}
+                    file.write(json.dumps(row | {"answer": item.columns.get("answer")}, ensure_ascii=False) + "\n")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -230,7 +261,7 @@ def _export(arguments: argparse.Namespace) -> int:
     names = {"gguf-lora": "adapter.gguf", "peft": "adapter", "mlx": "mlx", "merged": "merged.gguf"}
     output = Path(arguments.output) if arguments.output else folder / names[arguments.to]
     if arguments.to == "gguf-lora":
-        export.save_gguf(adapter, output)
+        export.save_gguf(adapter, output, half=arguments.half)
     elif arguments.to == "peft":
         export.save_peft(adapter, output)
     elif arguments.to == "mlx":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,15 +117,16 @@ def evaluate(
     max_tokens: int = 96,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    form: str = "format",
     seed: str = "evaluation",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Have every item answered `samples` times and judged by the accuracy reward."""
+    """Have every item answered `samples` times and judged by the accuracy reward; `form`: the reward for the format."""
     asked = [rollouts.ask(messages(item, task)) for item in items]
     seeds = [f"{seed} {item.id}" for item in items]
     progress(f"{len(items)} items, {samples} replies each")
     drawn = rollouts.draw([it.ids for it in asked], samples, max_tokens, seeds, temperature=temperature, top_p=top_p)
-    judge = Rewards({"accuracy": 1.0, "format": 1.0})
+    judge = Rewards({"accuracy": 1.0, form: 1.0})
     scored = judge(
         Asked(
             [item.prompt for item in items for _ in range(samples)],
@@ -146,13 +147,26 @@ def evaluate(
                 item.id,
                 tuple((value or 0.0) >= 1.0 for value in scored["accuracy"][at]),
                 tuple(answer_in(reply.text) for reply in replies),
-                tuple((value or 0.0) >= 1.0 for value in scored["format"][at]),
+                tuple((value or 0.0) >= 1.0 for value in scored[form][at]),
                 tuple(reply.truncated for reply in replies),
                 tuple(len(reply.ids) for reply in replies),
                 tuple(reply.text for reply in replies),
             )
         )
     return Evaluation(tuple(judged))
+
+
+def form_of(rewards: Mapping[str, float]) -> str:
+    """The reward that tells what the right format is, where these are what is learned from."""
+    return "thoughts" if "thoughts" in rewards else "format"
+
+
+def by_column(evaluation: Evaluation, items: Sequence[Item], column: str) -> dict[str, Evaluation]:
+    """The evaluation in parts, one for each value that a column of the items has."""
+    parts: dict[str, list[Judged]] = {}
+    for item, judged in zip(items, evaluation.judged, strict=True):
+        parts.setdefault(str(item.columns.get(column, "-")), []).append(judged)
+    return {value: Evaluation(tuple(some)) for value, some in sorted(parts.items())}
 
 
 def difference(before: Evaluation, after: Evaluation) -> Interval:

@@ -99,9 +99,11 @@ def load_peft(folder: Path) -> Adapter:
     )
 
 
-def save_gguf(adapter: Adapter, path: Path) -> None:
-    """Write the file that llama.cpp reads, for `stillhouse serve --lora`; whole or not at all."""
+def save_gguf(adapter: Adapter, path: Path, *, half: bool = False) -> None:
+    """Write the file that llama.cpp reads, for `stillhouse serve --lora`; whole or not at all; `half`: in 16 bits."""
     import gguf
+
+    width = np.float16 if half else np.float32
 
     partial = path.with_name(path.name + ".partial")
     try:
@@ -111,8 +113,8 @@ def save_gguf(adapter: Adapter, path: Path) -> None:
         writer.add_float32("adapter.lora.alpha", adapter.alpha)
         for module, tensor in linear_names(adapter.shape).items():
             a, b = (it.detach().float().cpu().numpy() for it in adapter.matrices[module])
-            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a))
-            writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape))
+            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a, width))
+            writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape).astype(width))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

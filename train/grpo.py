@@ -24,7 +24,7 @@ from .basemodel import read_base
 from .checkpoint import RunFolder, adapter_of, start_from
 from .config import RunConfig
 from .episodes import Episode, completions, describe, line
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, form_of
 from .export import save_gguf
 from .learn import Learner
 from .loss import advantages
@@ -186,6 +186,7 @@ class Run:
             max_tokens=self.config.grpo.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            form=form_of(self.config.rewards),
             seed=f"{self.config.seed} evaluation",
         )
 

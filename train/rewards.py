@@ -179,15 +179,19 @@ def text_of(completion: Any) -> str:
 def answer_in(text: str) -> str | None:
     """The answer that a reply commits itself to, after its thoughts: the last <answer>, else the last \\boxed.
 
+    Without either it is all that follows closed thoughts.
+
     >>> answer_in("<think>2+2 <answer>5</answer></think> <answer> 4 </answer>"), answer_in("so \\\\boxed{{4}}.")
     ('4', '{4}')
+    >>> answer_in("<think>2+2</think> four"), answer_in("four")
+    ('four', None)
     """
-    said = text.rpartition(CLOSE)[2]
+    _, closed, said = text.rpartition(CLOSE)
     if tagged := _answer.findall(said):
         return tagged[-1].strip()
     start = said.rfind("\\boxed{")
     if start < 0:
-        return None
+        return (said.strip() or None) if closed else None
     depth, begin = 0, start + len("\\boxed{")
     for place in range(begin - 1, len(said)):
         depth += {"{": 1, "}": -1}.get(said[place], 0)
@@ -245,6 +249,17 @@ def _well_formed(text: str) -> bool:
     found = _format.fullmatch(text)
     once = text.count(OPEN) == text.count(CLOSE) == 1
     return bool(found and once and found["thoughts"].strip() and _tagged.fullmatch(found["answer"]))
+
+
+def thoughts(completions: Sequence[Any], prefixes: Sequence[str], **_: Any) -> list[float]:
+    """1 for `<think>…</think>` and an answer behind it that has no tags, counting what the template had opened."""
+    return [float(_is_plain(prefix + text_of(it))) for prefix, it in zip(prefixes, completions, strict=True)]
+
+
+def _is_plain(text: str) -> bool:
+    found = _format.fullmatch(text)
+    once = text.count(OPEN) == text.count(CLOSE) == 1
+    return bool(found and once and found["thoughts"].strip() and found["answer"].strip() and "<" not in found["answer"])
 
 
 def language(completions: Sequence[Any], prefixes: Sequence[str], **columns: Any) -> list[float | None]:
@@ -357,6 +372,7 @@ def _gym_score(name: str | None, given: str, entry: Any) -> float:
 REWARDS: dict[str, Reward] = {
     "accuracy": accuracy,
     "format": format_reward,
+    "thoughts": thoughts,
     "language": language,
     "structure": structure,
     "overlong": overlong,
