@@ -124,6 +124,16 @@ def test_a_node_that_is_killed_is_started_again_with_its_rank(head, number):
     assert not rank.is_running()
 
 
+@pytest.mark.slow
+def test_a_node_that_hangs_is_replaced(head):
+    head.up()
+    node = psutil.Process(head.nodes.nodes[1].process.pid)
+    node.suspend()
+    assert within(6, lambda: head.group.trouble is not None)
+    assert within(30, lambda: head.group.trouble is None)
+    assert not node.is_running()
+
+
 def test_a_step_that_waits_ends_when_a_rank_does(head):
     ranks = head.up().taken[0]
     ranks.begin(1)
