@@ -186,7 +186,11 @@ class Group:
             if all(wires):
                 return [wire for wire in wires if wire]
             rank = wires.index(None)
-            self._check(deadline, f"rank {rank} on {self._members[rank].name} has not started in {_CONNECT_S:g} s")
+            try:
+                self._check(deadline, f"rank {rank} on {self._members[rank].name} has not started in {_CONNECT_S:g} s")
+            except UserError:
+                self._tell(wires)
+                raise
             with self._nodes.changed:
                 self._nodes.changed.wait(0.05)
 
@@ -215,11 +219,11 @@ class Group:
                     said.append(message)
         return said
 
-    def _tell(self, wires: Sequence[Wire]) -> None:
+    def _tell(self, wires: Sequence[Wire | None]) -> None:
         """Raise what a rank said before it ended: the others end of it, and know less."""
         for rank, wire in enumerate(wires):
             with contextlib.suppress(TimeoutError, WireBroken):
-                while True:
+                while wire:
                     self._refuse(rank, wire.receive(0.02)[0])
 
     def _refuse(self, rank: int, message: Mapping[str, Any]) -> None:

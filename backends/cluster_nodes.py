@@ -105,7 +105,8 @@ class Nodes:
         for package in EQUAL:
             found: dict[str, list[str]] = {}
             for node in self.nodes:
-                found.setdefault(node.hello.get("versions", {}).get(package) or "none", []).append(node.name)
+                if node.hello:  # has come
+                    found.setdefault(node.hello.get("versions", {}).get(package) or "none", []).append(node.name)
             if len(found) > 1:
                 told = ", ".join(f"{version} on {' and '.join(names)}" for version, names in sorted(found.items()))
                 raise UserError(
@@ -203,10 +204,11 @@ class Nodes:
         hello = wire.hello
         with self.changed:
             if hello.get("role") == "rank":
-                seat: Any = (hello.get("epoch"), hello.get("rank"))
-                if self._ranks.get(seat, wire) is not None:  # no such seat, or taken
-                    return False
-                self._ranks[seat] = wire
+                match hello:
+                    case {"epoch": int(epoch), "rank": int(rank)} if self._ranks.get((epoch, rank), wire) is None:
+                        self._ranks[epoch, rank] = wire
+                    case _:  # no such seat, or taken
+                        return False
             elif hello.get("role") == "node" and (node := self._node_of(hello)):
                 if node.wire:  # the same host again: the link was cut, and the old wire does not know it yet
                     self._dismiss(node.wire)

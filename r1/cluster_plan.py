@@ -19,7 +19,6 @@ _BUFFERS = 1_000_000_000  # bytes a host, for what is computed
 _SHARED = 0.47  # of a step's time divides among hosts; fitted to 1.3x on 2 and 1.55x on 4 Macs with RDMA, as published
 _MESH_MOST = 6  # Macs with six Thunderbolt ports, one cable between each two of them, leaves one port free
 _HEADS = {"1.5b": 12, "7b": 28, "8b": 32, "14b": 40, "32b": 40, "70b": 64, "135m": 9}  # of the checkpoints' config.json
-_PIPELINES = ("Qwen",)  # families that mlx-lm can split by layers
 
 _BANDWIDTHS = (  # GB/s, by the end of the chip's name
     ("M1 Ultra", 800),
@@ -227,8 +226,6 @@ def _pipeline(model: Model, room: Sequence[int], bits: int, context: int, bandwi
     share = -(-model.layers // hosts) / model.layers
     needed = round(layers * share) + ends + round(context * model.kv_bytes_per_token() * share) + _BUFFERS
     reason = _fits(needed, room)
-    if not any(family in model.title for family in _PIPELINES):
-        reason = "mlx-lm can't split a Llama by layers"
     if hosts > model.layers:
         reason = f"it has {model.layers} layers"
     return Option(

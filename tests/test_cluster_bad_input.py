@@ -71,10 +71,10 @@ def elsewhere(tmp_path: Path) -> Elsewhere:
 
 
 DIFFERENT = {  # what is different there -> in the error, in the hint
-    "another version of mlx": ("different versions of mlx: 0.1.0 on me@far=203.0.113.7", "pip install mlx=="),
-    "no memory": ("host me@far=203.0.113.7 has 0.0 GB for its share of tiny", "more hosts"),
-    "no such model": ("host me@far=203.0.113.7: there is no file or folder /nowhere", ""),
-    "another model": ("the model of me@far=203.0.113.7 is not the one of 127.0.0.1", "on every host"),
+    "another version of mlx": ("different versions of mlx: 0.1.0 on me@far", "pip install mlx=="),
+    "no memory": ("host me@far has 0.0 GB for its share of tiny", "more hosts"),
+    "no such model": ("host me@far: there is no file /nowhere", ""),
+    "another model": ("the model of me@far is not the one of 127.0.0.1", "on every host"),
 }
 
 
@@ -82,7 +82,7 @@ DIFFERENT = {  # what is different there -> in the error, in the hint
 def test_a_host_that_is_different_is_named(elsewhere, random_checkpoint, tmp_path, kind):
     folder = random_checkpoint.write_checkpoint(tmp_path / "tiny", random_checkpoint.random_model("qwen2"))
     other = random_checkpoint.Shape(forward=256)
-    random_checkpoint.write_checkpoint(tmp_path / "tiny-other", random_checkpoint.random_model("qwen2", other))
+    random_checkpoint.write_checkpoint(tmp_path / "tiny-other", random_checkpoint.random_model("qwen2", shape=other))
     flags = ["--strategy", "tensor", "--port", "0", *elsewhere.flags(kind)]
     code, stdout, stderr = cluster("serve", str(folder), *flags)
     error, hint = error_and_hint(stderr)
@@ -92,7 +92,9 @@ def test_a_host_that_is_different_is_named(elsewhere, random_checkpoint, tmp_pat
 
 def test_a_model_that_the_hosts_cannot_divide_is_told_before_any_host_is_asked(random_checkpoint, tmp_path):
     shape = random_checkpoint.Shape(width=48, heads=3, kv_heads=3)
-    folder = random_checkpoint.write_checkpoint(tmp_path / "three", random_checkpoint.random_model("qwen2", shape))
+    folder = random_checkpoint.write_checkpoint(
+        tmp_path / "three", random_checkpoint.random_model("qwen2", shape=shape)
+    )
     code, _, stderr = cluster("serve", str(folder), "--hosts", "127.0.0.1,203.0.113.7", "--strategy", "tensor")
     error, hint = error_and_hint(stderr)
     assert (code, "3 KV heads" in error, "--strategy pipeline or replicas" in hint) == (2, True, True), stderr
@@ -110,7 +112,7 @@ def no_reply(tmp_path: Path) -> list[str]:
 def test_a_host_that_does_not_answer_is_named_with_what_ssh_says(no_reply, checkpoint_path):
     code, _, stderr = cluster("serve", str(checkpoint_path), "--port", "0", *no_reply)
     error, hint = error_and_hint(stderr)
-    assert (code, "host me@far=203.0.113.7 is not connected: ssh: connect to host far" in error) == (2, True), stderr
+    assert (code, "host me@far is not connected: ssh: connect to host far" in error) == (2, True), stderr
     assert "me@far stillhouse --version" in hint
 
 
@@ -184,8 +186,8 @@ def test_the_doctor_finds_nothing_where_nothing_is(elsewhere):
 
 
 TROUBLES = {
-    "another version of mlx": "trouble: the hosts have different versions of mlx: 0.1.0 on me@far=203.0.113.7",
-    None: "trouble: 127.0.0.1 does not reach me@far=203.0.113.7 (203.0.113.7)",
+    "another version of mlx": "trouble: the hosts have different versions of mlx: 0.1.0 on me@far",
+    None: "trouble: 127.0.0.1 does not reach me@far (203.0.113.7)",
 }
 
 
@@ -202,7 +204,7 @@ def test_the_doctor_names_every_trouble_with_its_way_out(elsewhere, kind):
 def test_the_doctor_tells_of_a_host_that_does_not_answer(no_reply):
     code, stdout, _ = cluster("doctor", *no_reply)
     assert (code, "does not answer" in stdout) == (2, True)
-    assert "trouble: host me@far=203.0.113.7 is not connected: ssh: connect to host far" in stdout
+    assert "trouble: host me@far is not connected: ssh: connect to host far" in stdout
 
 
 def test_a_plan_asks_the_hosts_for_their_memory(checkpoint_path):

@@ -89,9 +89,9 @@ class Waiting(threading.Thread):
 
 @pytest.fixture(scope="module")
 def folder(random_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = random_checkpoint.Shape(width=128, blocks=4, forward=256)
+    shape = random_checkpoint.Shape(width=128, blocks=4, heads=8, kv_heads=4, forward=256)
     return random_checkpoint.write_checkpoint(
-        tmp_path_factory.mktemp("cluster") / "tiny", random_checkpoint.random_model("qwen2", shape)
+        tmp_path_factory.mktemp("cluster") / "tiny", random_checkpoint.random_model("qwen2", shape=shape)
     )
 
 
