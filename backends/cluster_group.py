@@ -27,10 +27,10 @@ from .cluster_wire import Wire, WireBroken
 BEAT_EVERY_S = 1.0
 _STALE_S = 10.0  # without a collective step: not ready, whatever else is said
 _CONNECT_S = 60.0  # that ranks have to start in
-_JOIN_S = 10.0  # that they have to find one another; a stranger on a ring's port makes them wait for ever
+_JOIN_S = 6.0  # that they have to find one another; a stranger on a ring's port makes them wait for ever
 _END_S = 5.0  # that ranks have to end in
 _PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # between two starts
-_CALM_S = 10.0  # up for so long: the next failure is a first one
+_CALM_S = 5.0  # up for so long: the next failure is a first one
 _FIRST_TRIES = 4
 _STOPPED = "the cluster is being stopped"
 _PORTS = range(20_000, 32_000)  # below those that systems give to clients
@@ -165,7 +165,8 @@ class Group:
         """Start an epoch: order its ranks, wait until they have found one another and have loaded."""
         while lost := [node for node in self._members if node.wire is None]:
             self._reason = "; ".join(node.trouble or "" for node in lost)
-            self._check()
+            if self._closed.is_set():
+                raise UserError(_STOPPED)
             with self._nodes.changed:
                 self._nodes.changed.wait(0.5)
         self._nodes.check_versions()

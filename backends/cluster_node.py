@@ -30,7 +30,7 @@ from .cluster_wire import Door, Wire, WireBroken, connect
 
 BEAT_S = 1.0
 _LOST_S = 10.0  # without a word of the head: its rank ends
-_GIVE_UP_S = 60.0  # without the head: a node that it started ends
+_GIVE_UP_S = 15.0  # without the head: a node that it started ends
 _CONNECT_S = 3.0
 _LONGEST_PAUSE_S = 2.0
 _TERM_S = 1.0  # that a rank has to end by itself
@@ -104,8 +104,9 @@ class _Rank:
         assert self._process.stdout
         for line in self._process.stdout:
             text = line.decode(errors="replace").rstrip()
-            self._last_line = text or self._last_line
-            _say(f"rank {self._number}: {text}")
+            if text and text != self._last_line:  # MLX says some things ten times
+                self._last_line = text
+                _say(f"rank {self._number}: {text}")
         code = self._process.wait()
         self._process.stdout.close()
         self._folder.cleanup()

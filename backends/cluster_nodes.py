@@ -25,6 +25,8 @@ from .cluster_wire import Door, Wire, WireBroken
 
 _SILENT_S = 4.0  # a node that says nothing for so long is lost; it speaks once a second
 _RESTART_S = 2.0  # between two starts of a node that ends
+_HANGS_S = 10.0  # without a word: a node of this machine hangs
+_GONE_S = 60.0  # and what was started by ssh has ended by itself, whatever ssh says
 _END_S = 6.0  # that nodes have to end their ranks and themselves
 
 Listener = Callable[[dict[str, Any]], None]
@@ -269,6 +271,10 @@ class Nodes:
 
     def _start(self, node: Node) -> None:
         ended = node.process is None or node.process.poll() is not None
+        if node.process and not ended:
+            away_s = time.monotonic() - max(node.heard_at, node.started_at)
+            if away_s > (_HANGS_S if node.host.is_local else _GONE_S):
+                node.process.kill()  # stopped, or an ssh whose other end is no more
         if not ended or time.monotonic() - node.started_at < _RESTART_S or self._closed:
             return
         node.started_at = time.monotonic()

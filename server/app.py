@@ -190,8 +190,11 @@ def _add_info(app: FastAPI, service: Service) -> None:
         stuck = service.stuck_s > HANGS_S
         return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
 
-    if service.cluster:
-        _add_cluster(app, service.cluster)
+    @app.get("/cluster")
+    async def cluster() -> dict[str, Any]:
+        if service.cluster is None:
+            raise ApiError(404, "this server has no cluster; `stillhouse cluster serve` starts one", code="no_cluster")
+        return service.cluster.table()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -215,12 +218,6 @@ def _add_info(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> dict[str, Any]:
         body = await _read(request, DetokenizeRequest)
         return await asyncio.to_thread(tokens.detokenize, service.model, body)
-
-
-def _add_cluster(app: FastAPI, cluster: Cluster) -> None:
-    @app.get("/cluster")
-    async def ranks() -> dict[str, Any]:
-        return cluster.table()
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

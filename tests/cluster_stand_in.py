@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from stillhouse.backends import cluster_node
 from stillhouse.backends.cluster_node import NodeOptions, run
 from stillhouse.backends.cluster_wire import WireBroken, connect
 
@@ -66,6 +67,7 @@ def node(arguments: list[str]) -> int:
     host, _, port = arguments[arguments.index("--join") + 1].rpartition(":")
     key = bytes.fromhex(sys.stdin.readline())
     place = int(arguments[arguments.index("--place") + 1])
+    cluster_node._GIVE_UP_S = float(os.environ.get("STAND_IN_GIVES_UP_S", "15"))
     command = (sys.executable, __file__, "rank")
     return run(NodeOptions((host, int(port)), key, place=place, rank_command=command))
 

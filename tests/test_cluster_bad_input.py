@@ -5,7 +5,6 @@ The other host is this machine under an address that is not its own; what is ssh
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from stillhouse.__main__ import main
 
 FAR = "me@far=203.0.113.7"
 OTHER = """
@@ -78,6 +79,7 @@ DIFFERENT = {  # what is different there -> in the error, in the hint
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_a_host_that_is_different_is_named(elsewhere, random_checkpoint, tmp_path, kind):
     folder = random_checkpoint.write_checkpoint(tmp_path / "tiny", random_checkpoint.random_model("qwen2"))
@@ -90,6 +92,7 @@ def test_a_host_that_is_different_is_named(elsewhere, random_checkpoint, tmp_pat
     assert (code, stdout, words in error, way_out in hint) == (2, "", True, True), stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_the_hosts_cannot_divide_is_told_before_any_host_is_asked(random_checkpoint, tmp_path):
     shape = random_checkpoint.Shape(width=48, heads=3, kv_heads=3)
     folder = random_checkpoint.write_checkpoint(
@@ -109,6 +112,7 @@ def no_reply(tmp_path: Path) -> list[str]:
     return ["--hosts", f"127.0.0.1,{FAR}", "--address", "127.0.0.1", "--ssh", str(ssh), "--nodes-timeout", "2"]
 
 
+@pytest.mark.slow
 def test_a_host_that_does_not_answer_is_named_with_what_ssh_says(no_reply, checkpoint_path):
     code, _, stderr = cluster("serve", str(checkpoint_path), "--port", "0", *no_reply)
     error, hint = error_and_hint(stderr)
@@ -132,18 +136,19 @@ ALONE = {  # flags -> in the error
 
 
 @pytest.mark.parametrize(("flags", "words"), ALONE.values(), ids=ALONE)
-def test_flags_that_cannot_be_are_told(flags, words, checkpoint_path):
-    code, stdout, stderr = cluster("serve", str(checkpoint_path), "--port", "0", *flags)
-    error, _ = error_and_hint(stderr)
-    assert (code, stdout, words in error) == (2, "", True), stderr
+def test_flags_that_cannot_be_are_told(flags, words, checkpoint_path, capsys):
+    code = main(["cluster", "serve", str(checkpoint_path), "--port", "0", *flags])
+    told = capsys.readouterr()
+    error, _ = error_and_hint(told.err)
+    assert (code, told.out, words in error) == (2, "", True), told.err
 
 
-def test_a_key_file_that_others_may_read_is_refused(tmp_path, checkpoint_path):
+def test_a_key_file_that_others_may_read_is_refused(tmp_path, checkpoint_path, capsys):
     file = tmp_path / "key"
     file.write_text("ab" * 32)
     file.chmod(0o640)
-    code, _, stderr = cluster("serve", str(checkpoint_path), "--hosts", "127.0.0.1", "--key-file", str(file))
-    assert (code, error_and_hint(stderr)) == (
+    code = main(["cluster", "serve", str(checkpoint_path), "--hosts", "127.0.0.1", "--key-file", str(file)])
+    assert (code, error_and_hint(capsys.readouterr().err)) == (
         2,
         (f"error: others may read the key file {file} (its mode is 640)", f"hint: chmod 600 {file}"),
     )
@@ -191,6 +196,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TROUBLES)
 def test_the_doctor_names_every_trouble_with_its_way_out(elsewhere, kind):
     """A rank's address that is not the host's own is one: its rank could not listen there."""
@@ -201,6 +207,7 @@ def test_the_doctor_names_every_trouble_with_its_way_out(elsewhere, kind):
     assert lines[found[0] + 1].startswith("  ") and "nothing stands in the way" not in stdout
 
 
+@pytest.mark.slow
 def test_the_doctor_tells_of_a_host_that_does_not_answer(no_reply):
     code, stdout, _ = cluster("doctor", *no_reply)
     assert (code, "does not answer" in stdout) == (2, True)
@@ -215,10 +222,8 @@ def test_a_plan_asks_the_hosts_for_their_memory(checkpoint_path):
     assert (code, "--memory" in error_and_hint(stderr)[0]) == (2, True)
 
 
-def test_a_plan_of_a_folder_goes_by_its_own_bits(random_checkpoint, tmp_path):
+def test_a_plan_of_a_folder_goes_by_its_own_bits(random_checkpoint, tmp_path, capsys):
     folder = random_checkpoint.write_checkpoint(tmp_path / "own", random_checkpoint.random_model("qwen2"))
-    code, stdout, stderr = cluster("plan", str(folder), "--memory", "16,16,16")
-    assert code == 0, stderr
+    assert main(["cluster", "plan", str(folder), "--memory", "16,16,16"]) == 0
+    stdout = capsys.readouterr().out
     assert "own on 3 hosts" in stdout and "2 KV heads can't be divided among 3; they can among 1, 2" in stdout
-    config = json.loads((folder / "config.json").read_text())
-    assert config["num_key_value_heads"] == 2

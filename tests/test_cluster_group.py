@@ -90,6 +90,15 @@ def test_an_idle_group_proves_every_second_that_its_ranks_still_meet(head):
 FAILURES = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "crashed": signal.SIGSEGV}
 
 
+def test_a_rank_that_ends_is_told_by_how_it_ended_and_replaced(head):
+    head.up()
+    head.rank(1).kill()
+    assert within(5, lambda: head.group.trouble == "rank 1 on 127.0.0.1 was ended by signal 9")
+    assert within(30, lambda: head.group.trouble is None)
+    assert (head.group.epoch, len(head.taken)) == (2, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_rank_that_fails_is_known_in_5_seconds_and_up_again_in_30(head, kind, number):
@@ -104,6 +113,7 @@ def test_a_rank_that_fails_is_known_in_5_seconds_and_up_again_in_30(head, kind, 
     assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_node_that_is_killed_is_started_again_with_its_rank(head, number):
     head.up()
@@ -112,6 +122,16 @@ def test_a_node_that_is_killed_is_started_again_with_its_rank(head, number):
     assert within(5, lambda: head.group.trouble is not None)
     assert within(30, lambda: head.group.trouble is None)
     assert not rank.is_running()
+
+
+@pytest.mark.slow
+def test_a_node_that_hangs_is_replaced(head):
+    head.up()
+    node = psutil.Process(head.nodes.nodes[1].process.pid)
+    node.suspend()
+    assert within(6, lambda: head.group.trouble is not None)
+    assert within(30, lambda: head.group.trouble is None)
+    assert not node.is_running()
 
 
 def test_a_step_that_waits_ends_when_a_rank_does(head):
@@ -221,6 +241,7 @@ def test_the_end_comes_while_ranks_load(monkeypatch):
     assert not children()
 
 
+@pytest.mark.slow
 def test_a_head_that_is_killed_leaves_no_process():
     """Nothing tells the nodes; they and the ranks notice that the wire is gone."""
     words = (
@@ -248,6 +269,7 @@ def test_a_head_that_is_killed_leaves_no_process():
 # What is told before anything is started
 
 
+@pytest.mark.slow
 def test_hosts_that_do_not_come_are_named():
     head = Head("127.0.0.1,203.0.113.7")
     try:
