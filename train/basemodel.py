@@ -80,6 +80,9 @@ def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> Ba
     shape = Shape(header.architecture, header.block_count, header.head_counts[0], header.kv_head_counts[0])
     tensors = dict(read_tensors(paths))
     module = _module(header, tensors).to(dtype)
+    for name, weights in module.named_parameters():
+        if "norm" in name and dtype.itemsize < 4:  # as llama.cpp has them; they are few
+            weights.data = weights.data.float()
     missing, unexpected = module.load_state_dict(_state(tensors, shape), strict=False)
     tied = {"lm_head.weight"} if "output.weight" not in tensors else set()
     if unexpected or set(missing) - tied:
