@@ -28,7 +28,7 @@ from .line import Line
 from .llamacpp_batch import Batch
 from .llamacpp_cache import LlamaCache
 from .llamacpp_load import fit, last_words, load_adapter, load_model, make_context, silence
-from .llamacpp_sampler import LlamaSampler
+from .llamacpp_sampler import LlamaSampler, Shortlist
 from .llamacpp_vocabulary import LlamaVocabulary
 from .pace import Pace
 from .sampling import log_softmax, mask_to
@@ -70,6 +70,7 @@ class LlamaCpp:
         self._context = make_context(self._model, options, fitted, sequences)
         self._apply(self._adapters, [scale for _, scale in options.loras])
         self.vocabulary = LlamaVocabulary(self._model)
+        self._shortlist = Shortlist(self.vocabulary.size)
         self._cache = LlamaCache(
             self._context, self._model, sequences, fitted.cache_tokens, partitioned=fitted.partitioned
         )
@@ -83,7 +84,7 @@ class LlamaCpp:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `PromptTooLong`."""
         draft = Draft(request, self.vocabulary, self.context_length)
-        self._line.add(_Running(draft, LlamaSampler(self.vocabulary, request)))
+        self._line.add(_Running(draft, LlamaSampler(self.vocabulary, request, self._shortlist)))
 
     def step(self) -> list[Token]:
         """One `llama_decode` and one drawn token for every reply that has nothing left to decode."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 
 import llama_cpp as C
 import numpy as np
@@ -30,9 +29,12 @@ _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run 
 class LlamaSampler:
     """Draws the tokens of one reply, in C."""
 
-    __slots__ = ("_array", "_biased", "_biases", "_candidates", "_chain", "_memories", "_temperature", "_top_p")
+    __slots__ = (
+        "_array", "_biased", "_biases", "_candidates", "_chain", "_memories", "_shortlist", "_temperature", "_top_p"
+    )  # fmt: skip
 
-    def __init__(self, vocabulary: LlamaVocabulary, request: GenerationRequest) -> None:
+    def __init__(self, vocabulary: LlamaVocabulary, request: GenerationRequest, shortlist: Shortlist) -> None:
+        self._shortlist = shortlist
         self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
         self._memories: list[tuple[C.llama_sampler_p, Sequence[int]]] = []
         sampling, seed = request.sampling, seed32(request.sampling.seed)
@@ -96,7 +98,7 @@ class LlamaSampler:
             logits[self._biased] += self._biases
         if self._top_p is None:
             return C.llama_sampler_sample(self._chain, context, place)
-        ids = shortlist(logits, self._temperature, self._top_p)
+        ids = self._shortlist.find(logits, self._temperature, self._top_p)
         if ids.size > self._candidates.size:
             self._make_room(2 * ids.size)
         candidates, array = self._candidates[: ids.size], self._array
@@ -138,25 +140,30 @@ class LlamaSampler:
         self._add(sampler)
 
 
-@lru_cache(maxsize=4)
-def _ones(size: int) -> Row:
-    return np.ones(size, np.float32)
+class Shortlist:
+    """Finds the likeliest tokens of rows of logits; its working memory serves one row after the other."""
 
+    __slots__ = ("_is_likely", "_ones", "_weights")
 
-def shortlist(logits: Row, temperature: float, top_p: float) -> NDArray[np.intp]:
-    """The nucleus of one row of logits, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
-    if temperature <= 0:
-        return np.array([logits.argmax()])
-    weights = logits - logits.max()
-    if temperature != 1:
-        weights *= np.float32(1 / temperature)
-    np.exp(weights, out=weights)
-    mass = top_p * weights.dot(_ones(weights.size))  # half the time of a sum
-    for least in (1e-4, 0.0):  # sort as few as possible: those above mostly hold the mass
-        ids = np.flatnonzero(weights >= np.float32(least))
-        chosen = weights[ids]
-        if chosen.sum() >= mass:
-            break
-    order = np.argsort(-chosen, kind="stable")
-    count = int(np.searchsorted(np.cumsum(chosen[order]), mass)) + 1
-    return ids[order[:count]]
+    def __init__(self, vocabulary_size: int) -> None:
+        self._ones = np.ones(vocabulary_size, np.float32)
+        self._weights = np.empty(vocabulary_size, np.float32)
+        self._is_likely = np.empty(vocabulary_size, bool)
+
+    def find(self, logits: Row, temperature: float, top_p: float) -> NDArray[np.intp]:
+        """The nucleus of a row, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
+        if temperature <= 0:
+            return np.array([logits.argmax()])
+        weights = np.subtract(logits, np.maximum.reduce(logits), out=self._weights)
+        if temperature != 1:
+            weights *= np.float32(1 / temperature)
+        np.exp(weights, out=weights)
+        mass = top_p * weights.dot(self._ones)  # half the time of a sum
+        for least in (1e-4, 0.0):  # sort as few as possible: those above mostly hold the mass
+            ids = np.greater_equal(weights, np.float32(least), out=self._is_likely).nonzero()[0]
+            chosen = weights[ids]
+            if chosen.sum() >= mass:
+                break
+        order = (-chosen).argsort(kind="stable")
+        count = int(chosen[order].cumsum().searchsorted(mass)) + 1
+        return ids[order[:count]]

@@ -1,38 +1,48 @@
-"""Checkpoints through MLX with continuous batching, on Apple's GPUs and on any CPU. Knows nothing of HTTP or `<think>`.
+"""The scheduler of checkpoints through MLX, with continuous batching. Knows nothing of HTTP, of `<think>`, or of MLX.
 
 A prompt, a forced run of tokens and a reply that lost its place are all the same thing here: tokens that are known and
 not yet decoded (`todo`). All but the last are read in chunks, each reply by itself; the last joins the rows, in which
-one call of the model takes every reply a token further. Logits are only ever computed there.
+one call of the model takes every reply a token further. Logits are only ever computed there. The models and the states
+they read into belong to an `Executor`: in this process, or the ranks of a cluster.
 
 mlx-lm's own BatchGenerator is the level above: it is always one token ahead of its caller, which a steer cannot be.
 """
 
-# pyright: reportMissingModuleSource=false
-
 from __future__ import annotations
 
-import threading
+import itertools
 import time
 from array import array
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
 
-from . import mlxlm_load
-from .base import BackendFailed, GenerationRequest, Load, LoadOptions, Token
-from .checkpoint import Checkpoint
+from ..r1.errors import UserError
+from .base import BackendFailed, GenerationRequest, Load, LoadOptions, Token, Vocabulary
 from .draft import Draft
-from .hf_vocabulary import read_vocabulary
+from .executor import Executor
 from .kvcache import common_prefix, token_array
 from .line import Line
-from .mlxlm_cache import Kept, Rows, State, cut
-from .mlxlm_load import make_prompt_cache, mx
 from .pace import Pace
 from .prefixstore import PrefixStore, Stored
 from .rowsampler import Breakers, RowSampler, next_tokens
 
 _WORTH_COPYING = 8  # tokens: fewer are read again as quickly
 _SHORT_RUN = 4  # tokens: so short a run is read beside the others, a token a step, instead of by itself
+
+
+class _Kept:
+    """A state with a size, as `PrefixStore` wants it."""
+
+    __slots__ = ("size", "state")
+
+    def __init__(self, state: int, size: int) -> None:
+        self.state = state
+        self.size = size  # tokens
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class _Running:
@@ -43,7 +53,7 @@ class _Running:
     def __init__(self, draft: Draft, sampler: RowSampler) -> None:
         self.draft = draft
         self.sampler = sampler
-        self.state: State | None = None  # None in the rows, and while it waits
+        self.state: int | None = None  # its handle; None while it waits
         self.tokens = token_array(())  # decoded
         self.todo = token_array(draft.request.prompt_ids)  # known and not yet decoded
 
@@ -58,23 +68,24 @@ class MlxLm:
 
     name = "mlx"
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
-        mlxlm_load.choose_device(options)
-        fitted = mlxlm_load.fit(checkpoint, options)
-        self.context_length = fitted.context
-        self.vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config.get("vocab_size"))
-        self._model = mlxlm_load.load(checkpoint, options)
-        self._cells = fitted.cache_tokens
+    def __init__(self, executor: Executor, vocabulary: Vocabulary, options: LoadOptions) -> None:
+        self.context_length = executor.context_length
+        self.vocabulary = vocabulary
+        self._executor = executor
+        self._handles = itertools.count()
         self._pace = Pace(options.batch_tokens)
-        self._breakers = Breakers(self.vocabulary)
-        self._rows: Rows[_Running] = Rows()
-        self._store = PrefixStore(fitted.cache_tokens)  # of replies that ended; its unit is the token
+        self._breakers = Breakers(vocabulary)
+        self._rows: list[_Running] = []  # those that a step takes a token further, in the executor's order
+        # Of replies that ended; its unit is the token.
+        self._store = PrefixStore(executor.cache_tokens, lambda kept: self._executor.drop([kept.state]))
         self._line: Line[_Running] = Line(options.parallel)
 
     # The contract
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises `PromptTooLong`."""
+        """Queue a request. Raises `PromptTooLong`, and `UserError` for what is no token."""
+        if not all(0 <= token_id < self.vocabulary.size for token_id in request.prompt_ids):
+            raise UserError(f"the prompt has a token id beyond the last, {self.vocabulary.size - 1}")  # MLX would crash
         draft = Draft(request, self.vocabulary, self.context_length)
         self._line.add(_Running(draft, RowSampler(request, self.vocabulary, self._breakers)))
 
@@ -86,8 +97,9 @@ class MlxLm:
                 return []
             self._read()
             drawing, logits = self._advance()
-        except Exception as error:  # mostly memory; the library has no family of errors of its own
-            self._fail(f"MLX failed: {str(error).strip() or type(error).__name__}")
+        except Exception as error:  # mostly memory; MLX has no family of errors of its own
+            reason = str(error).strip() or type(error).__name__
+            self._fail(reason if isinstance(error, BackendFailed) else f"{self._executor.name} failed: {reason}")
         if not np.isfinite(logits[:, 0]).all():
             self._fail("the model's logits are not numbers: the weights are damaged, or their type overflows here")
         tokens: list[Token] = []
@@ -110,16 +122,19 @@ class MlxLm:
         """How busy it is now."""
         running = list(self._line.running)  # the engine's thread may change it meanwhile
         used = len(running) * max((len(reply.tokens) for reply in running), default=0)
-        return Load(len(running), len(self._line.waiting), used + self._store.size, self._cells)
+        return Load(len(running), len(self._line.waiting), used + self._store.size, self._executor.cache_tokens)
+
+    def renew(self, executor: Executor) -> None:
+        """Go on with another executor of the same model; replies in progress are read again from their beginnings."""
+        self._store.clear()
+        while self._line.running:
+            self._give_way()
+        self._executor = executor
 
     def close(self) -> None:
         """Give the memory back."""
         self._forget_all()
-        del self._model
-        mx.synchronize()
-        mx.clear_cache()
-        if threading.current_thread() is not threading.main_thread():
-            mx.clear_streams()  # those of a thread that has ended would abort the process at its end
+        self._executor.close()
 
     # A step, phase by phase
 
@@ -144,28 +159,29 @@ class MlxLm:
 
     def _begin(self, reply: _Running) -> bool:
         running = len(self._line.running)
-        if running and self._cells_for(running + 1, len(reply.todo)) > self._cells:
+        if running and self._cells_for(running + 1, len(reply.todo)) > self._executor.cache_tokens:
             return False
         source, length = self._longest_prefix(reply.todo)
+        reply.state = next(self._handles)
         if isinstance(source, Stored):
             self._store.touch(source)
-            reply.state = cut(source.data.state, length)
-        elif source is not None:
-            reply.state = self._rows.prefix(source, length) if source.state is None else cut(source.state, length)
+            self._executor.copy(reply.state, source.data.state, length)
+        elif source is not None and source.state is not None:
+            self._executor.copy(reply.state, source.state, length)
         else:
-            reply.state = make_prompt_cache(self._model)
+            self._executor.begin(reply.state)
         reply.tokens, reply.todo = reply.todo[:length], reply.todo[length:]
         reply.draft.start(length)
         return True
 
     def _read(self) -> None:
         """Read known tokens but for each reply's last, in the order they came, up to a chunk."""
-        in_rows = set(self._rows.members)
+        in_rows = set(self._rows)
         reading = [reply for reply in self._line.running if len(reply.todo) > 1]
         if len(in_rows) > 1:
             reading = [reply for reply in reading if reply not in in_rows or len(reply.todo) > _SHORT_RUN]
-        self._rows.leave([reply for reply in reading if reply in in_rows], keep=True)
-        room = self._pace.chunk(replying=bool(self._rows.members))
+        self._leave_rows([reply for reply in reading if reply in in_rows], self._executor.part)
+        room = self._pace.chunk(replying=bool(self._rows))
         for reply in reading:
             count = min(len(reply.todo) - 1, room)
             self._make_room(len(reply.tokens) + count)
@@ -173,27 +189,26 @@ class MlxLm:
             if not count or state is None:  # it may have had to give its own cells up
                 continue
             started = time.perf_counter()
-            self._model(mx.array([list(reply.todo[:count])]), cache=state)
-            mx.eval([(layer.keys, layer.values) for layer in state])  # the logits are not, and so never computed
-            mx.clear_cache()
+            self._executor.read(state, reply.todo[:count])
             self._pace.note(count, time.perf_counter() - started)
             reply.tokens, reply.todo = reply.tokens + reply.todo[:count], reply.todo[count:]
             room -= count
 
     def _advance(self) -> tuple[dict[_Running, int], np.ndarray]:
         """Take every reply with a known last token further; the rows of those that draw now, and all rows' logits."""
-        self._rows.join([reply for reply in self._line.running if reply.state is not None and len(reply.todo) == 1])
-        if self._rows.members:
-            self._make_room(1 + max(len(reply.tokens) for reply in self._rows.members))
-        members = self._rows.members
-        if not members:
+        joining = [reply for reply in self._line.running if len(reply.todo) == 1 and reply not in self._rows]
+        if joining:
+            self._executor.join([reply.state for reply in joining if reply.state is not None])
+            self._rows += joining
+        if self._rows:
+            self._make_room(1 + max(len(reply.tokens) for reply in self._rows))
+        rows = self._rows
+        if not rows:
             return {}, np.zeros((0, 1), np.float32)
-        ids = mx.array([[reply.todo[0]] for reply in members])  # (B, 1)
-        logits = self._model(ids, cache=self._rows.state)[:, -1].astype(mx.float32)  # (B, V)
-        mx.eval(logits)
-        for reply in members:
+        logits = self._executor.step([reply.todo[0] for reply in rows])
+        for reply in rows:
             reply.tokens.append(reply.todo.pop(0))
-        return {reply: row for row, reply in enumerate(members) if not reply.todo}, np.array(logits)
+        return {reply: row for row, reply in enumerate(rows) if not reply.todo}, logits
 
     def _draw(self, reply: _Running, logits: np.ndarray, tokens: list[Token], ended: list[_Running]) -> None:
         """Draw the next token of one reply, or take those its steer forces."""
@@ -208,14 +223,18 @@ class MlxLm:
 
     def _make_room(self, longest: int) -> None:
         """Have room for a reply of so many tokens: what is kept goes first, then the youngest replies' own."""
+        cells = self._executor.cache_tokens
         while True:
             used = self._cells_for(len(self._line.running), longest)
-            self._store.shrink(max(0, self._cells - used))
-            if used <= self._cells or len(self._line.running) == 1:  # a context is never larger than the cache
+            self._store.shrink(max(0, cells - used))
+            if used <= cells or len(self._line.running) == 1:  # a context is never larger than the cache
                 return
-            youngest = self._line.give_way()
-            self._rows.leave([youngest])
-            youngest.state, youngest.tokens = None, token_array(())
+            self._give_way()
+
+    def _give_way(self) -> None:
+        youngest = self._line.give_way()
+        self._forget([youngest])
+        youngest.tokens = token_array(())
 
     # What ends
 
@@ -224,12 +243,25 @@ class MlxLm:
         for reply in replies:
             if len(reply.tokens) >= _WORTH_COPYING:
                 self._store.put(reply.tokens, lambda reply=reply: self._keep(reply))
-            reply.state = None
-        self._rows.leave(replies)
+        self._forget(replies)
 
-    def _keep(self, reply: _Running) -> Kept:
-        length = len(reply.tokens)
-        return Kept(cut(reply.state, length) if reply.state else self._rows.prefix(reply, length), length)
+    def _keep(self, reply: _Running) -> _Kept:
+        assert reply.state is not None
+        kept = _Kept(next(self._handles), len(reply.tokens))
+        self._executor.copy(kept.state, reply.state, kept.size)
+        return kept
+
+    def _forget(self, replies: list[_Running]) -> None:
+        """Drop the states of replies."""
+        self._leave_rows([reply for reply in replies if reply.state is not None], self._executor.drop)
+        for reply in replies:
+            reply.state = None
+
+    def _leave_rows(self, replies: list[_Running], leave: Callable[[list[int]], None]) -> None:
+        states = [reply.state for reply in replies if reply.state is not None]
+        if states:
+            leave(states)
+            self._rows = [reply for reply in self._rows if reply not in replies]
 
     def _cells_for(self, replies: int, longest: int = 0) -> int:
         """Tokens' worth of memory: side by side every reply takes as much as the longest."""
@@ -238,10 +270,10 @@ class MlxLm:
     def _fail(self, reason: str) -> NoReturn:
         """Give up every request: after a failed step the caches cannot be trusted, and memory may be short."""
         self._forget_all()
-        mx.clear_cache()
         raise BackendFailed(reason)
 
     def _forget_all(self) -> None:
-        self._rows.clear()
+        self._executor.clear()
+        self._rows = []
         self._store.clear()
         self._line.clear()

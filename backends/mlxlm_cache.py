@@ -1,44 +1,20 @@
-"""Keys and values of replies in MLX's arrays: one reply alone, or several side by side.
+"""Keys and values of sequences in MLX's arrays: one alone, or several side by side.
 
-A reply's *state* is mlx-lm's `KVCache`, one a layer. To read a prompt, a reply has a state of its own; to be taken one
-token further with others it joins the *rows*, whose `BatchKVCache` pads every reply on the left to the longest. Any
-state can be cut to a prefix, so nothing has to be set aside for the prompt of a later turn. Knows nothing of requests.
+A *state* is mlx-lm's `KVCache`, one a layer. To read a prompt it lies alone; to be taken one token further with others
+it joins the *rows*, whose `BatchKVCache` pads every sequence on the left to the longest. Any state can be cut to a
+prefix, so nothing has to be set aside for the prompt of a later turn. Knows nothing of models and requests.
 """
 
 # pyright: reportMissingModuleSource=false
 
 from __future__ import annotations
 
-from array import array
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from .mlxlm_load import BatchKVCache, KVCache, mx
 
 State = list[Any]  # one cache a layer
-
-
-class Kept:
-    """A state with a size, as `PrefixStore` wants it."""
-
-    __slots__ = ("size", "state")
-
-    def __init__(self, state: State, size: int) -> None:
-        self.state = state
-        self.size = size  # tokens
-
-    def __len__(self) -> int:
-        return self.size
-
-
-class HasState(Protocol):
-    """A reply whose decoded tokens lie in a state of its own, or in a row (then its state is `None`)."""
-
-    tokens: array[int]
-    state: State | None
-
-
-Reply = TypeVar("Reply", bound=HasState)
 
 
 def cut(state: State, length: int) -> State:
@@ -55,58 +31,65 @@ def cut(state: State, length: int) -> State:
     return copies
 
 
-class Rows(Generic[Reply]):
-    """The replies that every step takes one token further, together."""
+class States:
+    """All states by their handles: those that lie alone, and the rows."""
 
     def __init__(self) -> None:
-        self.members: list[Reply] = []
-        self.state: State = []  # of one member: its own; of more: batch caches
+        self.alone: dict[int, State] = {}
+        self.rows: list[int] = []
+        self.together: State = []  # the rows': of one row its own state, of more batch caches
 
-    def join(self, replies: list[Reply]) -> None:
-        """Take replies in, with their states."""
-        if not replies:
+    def copy(self, handle: int, source: int, length: int) -> None:
+        """The first tokens of another state."""
+        self.alone[handle] = cut(self.alone[source] if source in self.alone else self._row(source), length)
+
+    def join(self, handles: Sequence[int]) -> None:
+        """Put states into the rows."""
+        if not handles:
             return
-        states = [reply.state for reply in replies if reply.state is not None]
-        if len(self.members) == 1:
-            states.insert(0, self.state)
+        states = [self.alone.pop(handle) for handle in handles]
+        if len(self.rows) == 1:
+            states.insert(0, self.together)
         layers = [list(layer) for layer in zip(*states, strict=True)]
-        if len(self.members) > 1:
-            for rows, others in zip(self.state, layers, strict=True):
+        if len(self.rows) > 1:
+            for rows, others in zip(self.together, layers, strict=True):
                 rows.extend(BatchKVCache.merge(others))
         else:
-            self.state = states[0] if len(states) == 1 else [BatchKVCache.merge(layer) for layer in layers]
-        for reply in replies:
-            reply.state = None
-        self.members += replies
+            self.together = states[0] if len(states) == 1 else [BatchKVCache.merge(layer) for layer in layers]
+        self.rows += handles
 
-    def leave(self, replies: list[Reply], *, keep: bool = False) -> None:
-        """Let replies go; to keep a state gives it back to its reply."""
-        leaving = [reply for reply in replies if reply in self.members]
-        if not leaving:
-            return
-        if keep:
-            for reply in leaving:
-                reply.state = self.state if len(self.members) == 1 else self._extract(self.members.index(reply))
-        staying = [i for i, reply in enumerate(self.members) if reply not in leaving]
-        if len(self.members) > 1 and staying:
-            if len(staying) == 1:
-                self.state = self._extract(staying[0])
-            else:
-                for layer in self.state:
-                    layer.filter(staying)
-        self.members = [self.members[i] for i in staying]
-        if not staying:
-            self.state = []
+    def part(self, handles: Sequence[int]) -> None:
+        """Take states out of the rows, to lie alone."""
+        states = {handle: self._row(handle) for handle in handles}
+        self._leave(handles)
+        self.alone |= states
 
-    def prefix(self, reply: Reply, length: int) -> State:
-        """A copy of the first tokens of one member."""
-        return cut(self.state if len(self.members) == 1 else self._extract(self.members.index(reply)), length)
+    def drop(self, handles: Sequence[int]) -> None:
+        """Forget states."""
+        self._leave([handle for handle in handles if self.alone.pop(handle, None) is None])
 
     def clear(self) -> None:
-        """Forget everybody."""
-        self.members, self.state = [], []
+        """Forget everything."""
+        self.alone, self.rows, self.together = {}, [], []
 
-    def _extract(self, row: int) -> State:
-        state = [layer.extract(row) for layer in self.state]
+    def _leave(self, handles: Sequence[int]) -> None:
+        if not handles:
+            return
+        staying = [place for place, handle in enumerate(self.rows) if handle not in handles]
+        if len(self.rows) > 1 and staying:
+            if len(staying) == 1:
+                self.together = self._row(self.rows[staying[0]])
+            else:
+                for layer in self.together:
+                    layer.filter(staying)
+        self.rows = [self.rows[place] for place in staying]
+        if not staying:
+            self.together = []
+
+    def _row(self, handle: int) -> State:
+        row = self.rows.index(handle)
+        if len(self.rows) == 1:
+            return self.together
+        state = [layer.extract(row) for layer in self.together]
         mx.eval([(layer.keys, layer.values) for layer in state])
         return state

@@ -30,12 +30,16 @@ def _limits_as_they_are() -> Iterator[None]:
 with _limits_as_they_are():
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
+    from mlx_lm.models.base import create_attention_mask
+    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tuner.lora import LoRALinear
     from mlx_lm.utils import load_adapters, load_model
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _SAME_AS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+__all__ = ["BatchKVCache", "KVCache", "choose_device", "create_attention_mask", "fit", "load", "mx", "read_lazily"]
 
 
 def choose_device(options: LoadOptions) -> None:
@@ -46,8 +50,13 @@ def choose_device(options: LoadOptions) -> None:
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
-def fit(checkpoint: Checkpoint, options: LoadOptions) -> memory.Fit:
-    """Choose the context and the KV cache, or say why what was asked for cannot be had."""
+def fit(
+    checkpoint: Checkpoint, options: LoadOptions, *, weights_bytes: int | None = None, kv_share: float = 1.0
+) -> memory.Fit:
+    """Choose the context and the KV cache, or say why what was asked for cannot be had.
+
+    A rank of a cluster has some of the weights, and a share of every token's keys and values.
+    """
     if checkpoint.quantization and checkpoint.quantization.method != "mlx":
         raise UserError(
             f"{checkpoint.folder.name} is quantized by {checkpoint.quantization.method}, which MLX does not run",
@@ -60,8 +69,8 @@ def fit(checkpoint: Checkpoint, options: LoadOptions) -> memory.Fit:
             "leave --kv-type out",
         )
     need = memory.Need(
-        checkpoint.weights_bytes,
-        checkpoint.kv_values_per_token * _BYTES[checkpoint.dtype],
+        checkpoint.weights_bytes if weights_bytes is None else weights_bytes,
+        checkpoint.kv_values_per_token * _BYTES[checkpoint.dtype] * kv_share,
         checkpoint.context_length,
         # Rows are padded to the longest and copied when one comes or goes.
         allowance=0.1,
@@ -75,10 +84,19 @@ def fit(checkpoint: Checkpoint, options: LoadOptions) -> memory.Fit:
 
 def load(checkpoint: Checkpoint, options: LoadOptions) -> Any:
     """The model with its adapter. Raises `BadModelFile` in MLX's words."""
+    model = read_lazily(checkpoint, options)
+    if options.loras:
+        _adapt(model, options)
+    mx.eval(model.parameters())
+    return model
+
+
+def read_lazily(checkpoint: Checkpoint, options: LoadOptions) -> Any:
+    """The model, its weights still in their files. Raises `BadModelFile` in MLX's words."""
     if checkpoint.weights[0].suffix != ".safetensors":
         raise UserError("MLX reads safetensors, not pickles", "serve it with --backend pytorch")
     try:
-        model, _ = load_model(checkpoint.folder, trust_remote_code=options.trust_remote_code)
+        model, _ = load_model(checkpoint.folder, lazy=True, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # a missing tensor, a shape that does not fit: it has no family of errors of its own
         raise BadModelFile(
             f"MLX cannot load {checkpoint.folder.name}: {_short(error)}", "download it again, or choose another backend"
@@ -88,10 +106,7 @@ def load(checkpoint: Checkpoint, options: LoadOptions) -> Any:
             f"{checkpoint.folder.name} has layers that look back over a window only, which MLX is not served with here",
             "serve a GGUF file of the model through llama.cpp",
         )
-    if options.loras:
-        _adapt(model, options)
     model.eval()
-    mx.eval(model.parameters())
     return model
 
 

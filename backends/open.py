@@ -6,13 +6,17 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import read_header
 from .base import Backend, LoadOptions, Vocabulary
 from .checkpoint import PICKLES, Checkpoint, read_checkpoint
 from .scorer import Scorer
+
+if TYPE_CHECKING:
+    from .executor import Executor
+    from .hf_vocabulary import HfVocabulary
 
 BACKENDS = ("llama.cpp", "pytorch", "mlx")
 _MODULES = {"llama.cpp": ("llama_cpp",), "pytorch": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}
@@ -193,16 +197,39 @@ def _open_llamacpp(paths: tuple[Path, ...], options: LoadOptions, choice: Choice
     return Opened(backend, header.chat_template, *backend.vocabulary.boundary_texts(), choice.reason)
 
 
+def open_ranks(paths: Sequence[Path], options: LoadOptions, ranks: Executor) -> Opened:
+    """The head's part of a model whose weights the ranks of a cluster have: words and a scheduler. Loads no runtime."""
+    checkpoint = read_checkpoint(paths, options)
+    return _schedule(checkpoint, _vocabulary_of(checkpoint), ranks, options, "a cluster has the weights")
+
+
 def _open_mlx(checkpoint: Checkpoint, options: LoadOptions, choice: Choice) -> Opened:
     try:
-        from .mlxlm import MlxLm
+        from . import mlxlm_load
+        from .mlxlm_executor import LocalExecutor
     except ImportError as error:
         raise UserError(f"MLX cannot be loaded: {error}", INSTALL["mlx"]) from None
-    from .hf_vocabulary import read_chat_template
+    mlxlm_load.choose_device(options)
+    fitted = mlxlm_load.fit(checkpoint, options)
+    vocabulary = _vocabulary_of(checkpoint)  # what it may complain of is told before the weights are read
+    executor = LocalExecutor(mlxlm_load.load(checkpoint, options), fitted)
+    return _schedule(checkpoint, vocabulary, executor, options, choice.reason)
 
-    backend = MlxLm(checkpoint, options)
-    template = read_chat_template(checkpoint.folder)
-    return Opened(backend, template, *backend.vocabulary.boundary_texts(), choice.reason)
+
+def _vocabulary_of(checkpoint: Checkpoint) -> HfVocabulary:
+    from .hf_vocabulary import read_vocabulary
+
+    return read_vocabulary(checkpoint.folder, checkpoint.config.get("vocab_size"))
+
+
+def _schedule(
+    checkpoint: Checkpoint, vocabulary: HfVocabulary, executor: Executor, options: LoadOptions, reason: str
+) -> Opened:
+    from .hf_vocabulary import read_chat_template
+    from .mlxlm import MlxLm
+
+    backend = MlxLm(executor, vocabulary, options)
+    return Opened(backend, read_chat_template(checkpoint.folder), *vocabulary.boundary_texts(), reason)
 
 
 def _open_pytorch(source: Checkpoint | tuple[Path, ...], options: LoadOptions, choice: Choice) -> Opened:

@@ -28,8 +28,9 @@ class PrefixStore:
     neighbours, however many there are; and since no entry begins with another, so is what a new one begins with.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, gone: Callable[[Any], None] = lambda data: None) -> None:
         self._most = most_bytes
+        self._gone = gone  # is told the data of every entry that is forgotten
         self._entries: dict[bytes, Stored] = {}  # by the bytes of their tokens, in order of last use
         self._order: list[bytes] = []  # the keys of the entries, sorted
         self.size = 0  # bytes
@@ -44,6 +45,7 @@ class PrefixStore:
             self._drop(before)
         entry = Stored(tokens, save())
         if len(entry.data) > self._most:
+            self._gone(entry.data)
             return
         self._entries[key] = entry
         insort(self._order, key)
@@ -69,7 +71,7 @@ class PrefixStore:
         self._entries[key] = self._entries.pop(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, at once."""
         self._entries, self._order, self.size = {}, [], 0
 
     def _neighbours(self, key: bytes) -> tuple[bytes | None, bytes | None]:
@@ -79,5 +81,7 @@ class PrefixStore:
         return before, self._order[place] if place < len(self._order) else None
 
     def _drop(self, key: bytes) -> None:
-        self.size -= len(self._entries.pop(key).data)
+        data = self._entries.pop(key).data
+        self.size -= len(data)
+        self._gone(data)
         del self._order[bisect_left(self._order, key)]

@@ -1,8 +1,7 @@
 """A checkpoint on disk: `config.json` and safetensors, whole or in shards, mapped into memory and read by rows.
 
 Nothing is copied until rows are asked for, and those come as 32-bit floats whatever the file has (BF16, F16, F32).
-Every length and offset of a file is compared with its size before anything is mapped. It knows no architecture and no
-format to write. Source: the safetensors README (its rules for headers).
+It knows no architecture and no format to write.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import mmap
 import os
 import re
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..r1.errors import BadModelFile
 from ..r1.hub import resolve
+from ..r1.safetensors import read_safetensors
 from .errors import SourceInvalid
 
 Floats = NDArray[np.float32]
 
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}  # what can be read, in bytes
-OTHERS = ("F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 FETCH_AGAIN = "it was not copied completely: copy or download it again"
 _shard = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _sha256 = re.compile(r"[0-9a-f]{64}")
@@ -227,44 +225,18 @@ def _check_index(folder: Path, tensors: dict[str, SourceTensor]) -> None:
 
 
 def _read_header(path: Path) -> list[SourceTensor]:
-    """The tensors of a safetensors file, each checked against the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if start[:7] == b"version" and size < 1024:
-            raise SourceInvalid(f"{path} is a Git LFS pointer, not the file it points to", "run `git lfs pull`")
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise _damaged(path, f"its header claims {length:,} bytes of {size:,}")
-        text = file.read(length)
+    """The tensors of a safetensors file, each checked against the file's size, and of types that can be read."""
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(path, "its header is not the JSON that safetensors writes") from None
-    found, expected = [], 0
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if dtype not in WIDTHS:
+        header = read_safetensors(path)
+    except BadModelFile as error:
+        raise SourceInvalid(error.message, error.hint) from None
+    for tensor in header.tensors:
+        if tensor.dtype not in WIDTHS:
             raise SourceInvalid(
-                f"{path.name}: {name} is of the type {dtype}; BF16, F16 and F32 can be read",
-                "an already quantized checkpoint cannot be quantized: take the original one"
-                if dtype in OTHERS
-                else "save the model in bfloat16 first",
+                f"{path.name}: {tensor.name} is of the type {tensor.dtype}; BF16, F16 and F32 can be read",
+                "an already quantized checkpoint cannot be quantized: take the original one",
             )
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise _damaged(path, f"{name} has the impossible shape {shape}")
-        if begin != expected or end - begin != math.prod(shape) * WIDTHS[dtype] or 8 + length + end > size:
-            raise _damaged(path, f"{name} at {begin:,} to {end:,} does not fit its shape, its neighbour or the file")
-        found.append(SourceTensor(name, dtype, shape, path, 8 + length + begin, end - begin))
-        expected = end
-    if 8 + length + expected != size:
-        raise _damaged(path, f"it has {size:,} bytes where its tensors take {8 + length + expected:,}")
-    return found
-
-
-def _damaged(path: Path, what: str) -> SourceInvalid:
-    return SourceInvalid(f"{path} is damaged: {what}", FETCH_AGAIN)
+    return [SourceTensor(t.name, t.dtype, t.shape, path, t.offset, t.size) for t in header.tensors]
 
 
 def _hub_name(folder: Path) -> tuple[str, str]:

@@ -51,7 +51,10 @@ def read_safetensors(path: str | Path) -> SafetensorsHeader:
         with path.open("rb") as file:
             file_size = file.seek(0, 2)
             file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start.startswith(b"version") and file_size < 1024:
+                raise BadModelFile(f"{path} is a Git LFS pointer, not the file it points to", "run `git lfs pull`")
             if file_size < 8 or length > file_size - 8:
                 what = "is empty" if not file_size else f"has {file_size:,} bytes, less than its header claims"
                 raise BadModelFile(f"{path} is no safetensors file, or cut short: it {what}", PULL_AGAIN)

@@ -101,7 +101,10 @@ BAD = {
     "a missing shard": (remove(SHARD), r"has 2 of 3 shards; model-00002-of-00003\.safetensors is missing"),
     "a shard cut short": (cut, r"model-00002-of-00003\.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes"),
     "an empty shard": (write(SHARD, b""), r"is no safetensors file, or cut short: it is empty"),
-    "a shard that is text": (write(SHARD, b"version https://git-lfs.github.com/spec/v1\n"), r"is no safetensors file"),
+    "a pointer in place of a shard": (
+        write(SHARD, b"version https://git-lfs.github.com/spec/v1\n"),
+        r"is a Git LFS pointer",
+    ),
     "an index of other weights": (other_index, r"no tensor model\.layers\.1\.extra\.weight"),
     "an index without a map": (write("model.safetensors.index.json", b'{"weight_map": 3}'), r"has no weight_map"),
     "a program of its own": (

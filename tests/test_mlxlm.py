@@ -196,12 +196,12 @@ def test_a_step_that_fails_loses_its_batch_and_nothing_else(open_mlx, monkeypatc
     with monkeypatch.context() as patched:
 
         class Fails:
-            layers = backend._model.layers
+            layers = backend._executor._model.layers
 
             def __call__(self, *_: Any, **__: Any) -> None:
                 raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
 
-        patched.setattr(backend, "_model", Fails())
+        patched.setattr(backend._executor, "_model", Fails())
         with pytest.raises(BackendFailed, match=r"MLX failed: \[malloc\] Unable to allocate"):
             backend.step()
     assert backend.load()[:3] == (0, 0, 0)
@@ -212,7 +212,7 @@ def test_the_limit_of_open_files_stays_what_it_was():
     """mlx-lm's import lowers it to 4,096 for good."""
     words = (
         "import resource; calls = []; resource.setrlimit = lambda *told: calls.append(told)\n"
-        "import stillhouse.backends.mlxlm; assert not calls"
+        "import stillhouse.backends.mlxlm_executor; assert not calls"
     )
     subprocess.run([sys.executable, "-c", words], check=True, timeout=60)
 

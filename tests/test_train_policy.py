@@ -18,7 +18,8 @@ from stillhouse.r1.errors import UserError  # noqa: E402
 from stillhouse.r1.gguf import read_header  # noqa: E402
 from stillhouse.train import export  # noqa: E402
 from stillhouse.train.basemodel import copy_model, read_base, read_tensors  # noqa: E402
-from stillhouse.train.policy import Group, LoraLinear, Policy, Switch, log_probabilities, micro_batches, share_changed  # noqa: E402
+from stillhouse.train.layers import GatedMlp, LoraLinear, Norm, Switch, share_changed  # noqa: E402
+from stillhouse.train.policy import Group, Policy, log_probabilities, micro_batches  # noqa: E402
 
 ARCHITECTURES = ("llama", "qwen2")
 
@@ -135,6 +136,35 @@ def test_how_far_an_adapter_moves_is_measured_without_the_whole_matrix():
         layer.b.normal_()
     whole = float((layer.scale * layer.b @ layer.a).detach().norm() / layer.base.weight.detach().norm())
     assert share_changed(layer) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_layers_keep_less_and_give_the_same_gradients():
+    """Each against finite differences in f64."""
+    generator = torch.Generator().manual_seed(1)
+
+    def some(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+    def linear(inside: int, outside: int) -> LoraLinear:
+        base = torch.nn.Linear(inside, outside, dtype=torch.float64).requires_grad_(False)
+        layer = LoraLinear(base, 2, 4.0, Switch()).double()
+        torch.nn.init.normal_(layer.a, generator=generator)
+        torch.nn.init.normal_(layer.b, generator=generator)
+        return layer
+
+    norm = torch.nn.Module()
+    norm.weight, norm.variance_epsilon = some(6).requires_grad_(False), 1e-3
+    mlp = torch.nn.Module()
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = linear(6, 5), linear(6, 5), linear(5, 6)
+    layer = linear(6, 4)
+    for module in (Norm(norm), GatedMlp(mlp), layer):
+        assert torch.autograd.gradcheck(module, some(2, 3, 6))
+    x = some(3, 6).detach()
+
+    def adapted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"a": a, "b": b}, x)
+
+    assert torch.autograd.gradcheck(adapted, (layer.a, layer.b))
 
 
 def test_micro_batches_hold_the_budget_and_lose_nothing():

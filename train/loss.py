@@ -4,7 +4,9 @@ Shapes: P prompts, G replies each, B = P * G replies, T tokens of the longest. A
 learned from (the end token counts), 0.0 elsewhere; padding may hold any finite number. Log-probabilities are natural
 and of the distribution that was sampled from. Knows nothing of models, texts or files.
 
-`docs/training.md` has the formulas beside these names.
+`docs/training.md` has the formulas beside these names. Sources, by arXiv number: grpo 2402.03300, dr_grpo 2503.20783,
+dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, sapo 2511.20347, rloo 2402.14740; bnpo, luspo and vespo as TRL's
+GRPOTrainer defines them; the three estimates of the KL: joschu.net/blog/kl-approx.html.
 """
 
 from __future__ import annotations

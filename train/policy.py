@@ -16,52 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .basemodel import BaseModel, linear_names
+from .layers import LoraLinear, Switch, lighten, share_changed
 
 _ATTENTION = "stillhouse_shared_prefix"
-_CHUNK = 256  # tokens whose logits exist at once
+_CHUNK = 128  # tokens whose logits exist at once
 _WIDEST_INITIAL = math.sqrt(5)  # PEFT's own start for A: uniform, 1/sqrt(in)
-
-
-@dataclass(slots=True)
-class Switch:
-    """Whether the adapter counts; shared by all its layers."""
-
-    on: bool = True
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer and a low-rank change to it: x W' + scale x A' B'."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: Switch) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        self.switch = switch
-        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen part; others ask it for its type and place."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        """With the adapter switched off, the base layer and nothing else."""
-        y = self.base(x)
-        if not self.switch.on:
-            return y
-        change = functional.linear(functional.linear(x.to(self.a.dtype), self.a), self.b)
-        return y + (change * self.scale).to(y.dtype)
-
-
-@torch.no_grad()
-def share_changed(layer: LoraLinear) -> float:
-    """|scale B A| / |W| of one layer."""
-    # |B A|² = trace(A A' B' B): two small products instead of a whole matrix
-    square = ((layer.a @ layer.a.T) * (layer.b.T @ layer.b)).sum().clamp(min=0)
-    return float(square.sqrt() * layer.scale / layer.base.weight.float().norm())
 
 
 class Group(NamedTuple):
@@ -109,6 +71,7 @@ class Policy:
                 layer.a.copy_(torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator))
             setattr(module.get_submodule(parent), last, layer)
             self.layers[name] = layer
+        lighten(module)
         if self.checkpointing:
             module.activation_checkpointing_enable({"use_reentrant": False})
         module.train(self.checkpointing)  # the models have no dropout; recomputing asks for this mode
@@ -158,8 +121,11 @@ class Policy:
     def hidden(self, packed: Packed) -> Tensor:
         """What the last block leaves before each token that is scored: (M, D)."""
         model: Any = self.base.module
+        embedded = model.model.embed_tokens(packed.ids)[None]
+        if embedded.dtype.itemsize < 4:  # products may be in 16 bits, sums over the layers not
+            embedded = embedded.float()
         states = model.model(
-            input_ids=packed.ids[None],
+            inputs_embeds=embedded,
             position_ids=packed.positions[None],
             segments=packed.segments,
             use_cache=False,
@@ -244,12 +210,22 @@ def _shared_prefix_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, N, heads, head) out."""
+    segments = segments or (Segment(slice(0, query.shape[2]), ()),)
+    if torch.is_grad_enabled() and query.requires_grad:  # its insides are many times as large as what goes in
+        attended: Any = checkpoint(
+            _attend, query, key, value, segments, scaling, use_reentrant=False, preserve_rng_state=False
+        )
+    else:
+        attended = _attend(query, key, value, segments, scaling)
+    return attended, None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    whole = slice(0, query.shape[2])
     parts: list[Tensor] = []
-    for prompt, replies in segments or (Segment(whole, ()),):
+    for prompt, replies in segments:
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
         parts.append(
             functional.scaled_dot_product_attention(
@@ -271,7 +247,7 @@ def _shared_prefix_attention(
                     scale=scaling,
                 )
             )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
 # Log-probabilities without the logits
@@ -282,8 +258,8 @@ def log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy at its place: (M, D), (V, D), (M,) -> (M,), (M,).
 
-    Logits are divided by the temperature. They exist for `chunk` rows at a time and are made again for the gradient,
-    which goes to `hidden` only; the entropy has none.
+    Logits are divided by the temperature. They exist once, for `chunk` rows at a time. The gradient goes to `hidden`
+    only; the entropy has none.
     """
     return _LogProbabilities.apply(hidden, head, targets, temperature, chunk)  # pyright: ignore[reportReturnType]
 
@@ -293,37 +269,33 @@ class _LogProbabilities(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         context: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        logps, entropies, normalisers = [], [], []
+        # The gradient of a row's log-probability is known while its logits are there; one number scales it later.
+        learns = context.needs_input_grad[0]
+        logps, entropies, slopes = [], [], []
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = _logits(rows, head, temperature)
-            normaliser = logits.logsumexp(-1)
-            logps.append(logits.gather(-1, wanted[:, None])[:, 0] - normaliser)
-            entropies.append(normaliser - (torch.softmax(logits, -1) * logits).sum(-1))
-            normalisers.append(normaliser)
-        logp, entropy, normaliser = torch.cat(logps), torch.cat(entropies), torch.cat(normalisers)
-        context.save_for_backward(hidden, head, targets, normaliser)
-        context.temperature, context.chunk = temperature, chunk
+            every = _logits(rows, head, temperature)  # (chunk, V)
+            every.sub_(every.logsumexp(-1, keepdim=True))
+            logps.append(every.gather(-1, wanted[:, None])[:, 0])
+            chances = every.exp()
+            entropies.append(-torch.linalg.vecdot(chances, every))
+            if learns:
+                mean = chances.to(head.dtype) @ head
+                slopes.append((head[wanted].to(hidden.dtype) - mean.to(hidden.dtype)).div_(temperature))
+        logp, entropy = torch.cat(logps), torch.cat(entropies)
+        context.save_for_backward(*([torch.cat(slopes)] if learns else []))
         context.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(context: Any, gradient: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, head, targets, normaliser = context.saved_tensors
-        parts = []
-        size = context.chunk
-        for rows, wanted, normal, weight in zip(
-            hidden.split(size), targets.split(size), normaliser.split(size), gradient.split(size), strict=True
-        ):
-            down = torch.exp(_logits(rows, head, context.temperature) - normal[:, None])
-            down = down.neg_().scatter_add_(1, wanted[:, None], torch.ones_like(normal)[:, None])
-            down = down * (weight / context.temperature)[:, None]
-            parts.append((down.to(head.dtype) @ head).to(hidden.dtype))
-        return torch.cat(parts), None, None, None, None
+        (slopes,) = context.saved_tensors
+        return slopes * gradient.to(slopes.dtype)[:, None], None, None, None, None
 
 
 def _logits(rows: Tensor, head: Tensor, temperature: float) -> Tensor:
-    logits = functional.linear(rows, head)
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logits = functional.linear(rows.to(head.dtype), head)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
