@@ -103,8 +103,10 @@ def start_http(folder: Path, ranks: int, tokens: int, ends: ExitStack) -> Callab
             if process.poll() is not None:
                 raise SystemExit("cluster serve has ended") from None
             time.sleep(0.2)
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+        name = json.load(response)["data"][0]["id"]
     body = {
-        "model": "any",
+        "model": name,
         "prompt": PROMPT,
         "max_tokens": tokens,
         "temperature": 0,
