@@ -175,6 +175,9 @@ class Group:
         for node, order in zip(self._members, orders(self._members, self._shard, self.epoch), strict=True):
             self._nodes.send(node, {"start": order})
         wires = self._connected()
+        self._hear(wires, "here", _CONNECT_S, "has not loaded MLX")
+        for wire in wires:  # all at once: who comes late lets strangers in, and neighbours wait 1, 2, 4 s
+            wire.send({"go": True})
         self._hear(wires, "joined", _JOIN_S, "has not found its neighbours (a stranger on its port, or a firewall)")
         ready = self._hear(wires, "ready", self._shard.ready_s, "has not loaded the model")
         return Ranks(wires, epoch=self.epoch, ready=ready)
@@ -336,6 +339,7 @@ def orders(members: Sequence[Node], shard: Shard, epoch: int) -> list[dict[str, 
             "model": shard.folders[rank],
             "options": _plain(shard.options),
             "ready_s": shard.ready_s,
+            "waits": True,
         }
         told.append({"epoch": epoch, "environment": environment, "files": files, "spec": spec})
     return told

@@ -172,6 +172,8 @@ class Nodes:
             self._closed = True
             self.changed.notify_all()
         for node in self.nodes:
+            if node.process and not node.hello:
+                node.process.kill()  # an ssh that waits for a host that does not answer
             with contextlib.suppress(WireBroken):
                 if self._agents:  # they belong to launchd, and wait for the next head
                     self.send(node, {"stop": None})

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 
 from stillhouse.backends import cluster_node
 from stillhouse.backends.cluster_node import NodeOptions, run
@@ -35,6 +36,8 @@ def rank() -> None:
             os._exit(71)
 
     threading.Thread(target=beat, daemon=True).start()
+    wire.send({"here": True})
+    wire.receive(None)
     if way == "never-joins" and spec["epoch"] == 1:
         time.sleep(600)
     wire.send({"joined": True})
@@ -63,13 +66,18 @@ def rank() -> None:
             wire.send(told)
 
 
+REAL = "real"  # as what misbehaves: ranks of MLX
+
+
 def node(arguments: list[str]) -> int:
     host, _, port = arguments[arguments.index("--join") + 1].rpartition(":")
     key = bytes.fromhex(sys.stdin.readline())
     place = int(arguments[arguments.index("--place") + 1])
     cluster_node._GIVE_UP_S = float(os.environ.get("STAND_IN_GIVES_UP_S", "15"))
-    command = (sys.executable, __file__, "rank")
-    return run(NodeOptions((host, int(port)), key, place=place, rank_command=command))
+    options = NodeOptions((host, int(port)), key, place=place)
+    if os.environ.get("STAND_IN") != REAL:
+        options = replace(options, rank_command=(sys.executable, __file__, "rank"))
+    return run(options)
 
 
 if __name__ == "__main__":

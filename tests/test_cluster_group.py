@@ -35,7 +35,9 @@ TWO = "127.0.0.1,127.0.0.1"
 class Head:
     """Nodes and one group, without a server around them."""
 
-    def __init__(self, hosts: str = TWO, ready_s: float = 20) -> None:
+    def __init__(
+        self, hosts: str = TWO, folder: str = "/nowhere", ready_s: float = 20, options: LoadOptions | None = None
+    ) -> None:
         self.key = secrets.token_bytes(32)
         self.door = Door("127.0.0.1", 0, self.key)
         self.hosts = parse_hosts(hosts)
@@ -43,8 +45,8 @@ class Head:
         shard = Shard(
             strategy="tensor",
             transport="ring",
-            folders=["/nowhere"] * len(self.hosts),
-            options=LoadOptions(),
+            folders=[folder] * len(self.hosts),
+            options=options or LoadOptions(),
             ready_s=ready_s,
         )
         self.group = Group(0, self.nodes, self.nodes.nodes, shard)
