@@ -69,17 +69,20 @@ class PyTorch:
         parallel: int = 4,
         batch_tokens: int = 512,
         own: bool = False,
+        steady: bool = False,
     ) -> None:
         """Run a transformers `*ForCausalLM`, with or without adapters; it stays the caller's.
 
         While nothing is asked of it the module may be trained: prefixes that were read with other weights are not
-        used again. `own`: nobody else uses the module, and it may be rearranged. Raises `BadModelFile`.
+        used again. `own`: nobody else uses the module, and it may be rearranged. `steady`: how prompts are cut does not
+        depend on the machine's speed. Raises `BadModelFile`.
         """
         self._module = module
         self._decoder = Decoder(module, own=own)
         self.vocabulary = vocabulary
         self.context_length = context
         self._sampler = Sampler(Breakers(vocabulary))
+        self._steady = steady
         self._parameters = [] if own else list(module.parameters())
         self._version = -1
         with torch.inference_mode():
@@ -126,6 +129,10 @@ class PyTorch:
     def load(self) -> Load:
         """How busy it is now."""
         return Load(len(self._line.running), len(self._line.waiting), self._cache.used, self._cache.cells)
+
+    def forget(self) -> None:
+        """Forget the prefixes of replies that have ended, so that the next ones are computed anew."""
+        self._cache.forget()
 
     def close(self) -> None:
         """Let go of the cache, and of the module."""
@@ -183,7 +190,8 @@ class PyTorch:
         tokens = sum(counts.values())
         if tokens > len(counts) and self._decoder.device.type != "cpu":
             logits[:1, :1].cpu()  # another device is still at it; how long a prompt takes is worth the wait
-        self._pace.note(tokens, time.perf_counter() - started)
+        if not self._steady:
+            self._pace.note(tokens, time.perf_counter() - started)
         return drawing, logits
 
     def _batch(self, counts: dict[_Running, int]) -> Batch:

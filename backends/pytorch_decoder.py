@@ -135,7 +135,7 @@ class Decoder:
             x = layer(x, cos, sin, keys, values, batch)
         if batch.wanted is not None:
             x = x[batch.wanted]
-        x = F.rms_norm(x, self._norm_width, self._model.norm.weight, self._eps)
+        x = _norm(x, self._norm_width, self._model.norm.weight, self._eps)
         return _project(self._head, x)
 
 
@@ -157,7 +157,7 @@ class _Layer:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
         """(N, width) -> (N, width). `keys` and `values` are this layer's: (places, kv_heads, cells, head)."""
         shape, attention = self._shape, self._attention
-        normed = F.rms_norm(x, self._width, self._before.weight, self._eps)
+        normed = _norm(x, self._width, self._before.weight, self._eps)
         count = x.shape[0]
         if self._qkv is not None:
             qkv = _multiply(normed, *self._qkv)
@@ -174,7 +174,7 @@ class _Layer:
         keys[batch.places, :, batch.positions] = k
         values[batch.places, :, batch.positions] = v.view(count, shape.kv_heads, shape.head)
         x = x + _project(attention.o_proj, self._attend(q, keys, values, batch))
-        normed = F.rms_norm(x, self._width, self._after.weight, self._eps)
+        normed = _norm(x, self._width, self._after.weight, self._eps)
         if self._gate_up is not None:
             gate, up = _multiply(normed, *self._gate_up).chunk(2, dim=-1)
         else:
@@ -232,6 +232,13 @@ def _causal(chunk: Chunk, device: torch.device) -> Tensor:
     """Which cells each token of a chunk sees: those before it and its own, (size, start + size)."""
     size = (chunk.size, chunk.start + chunk.size)
     return torch.ones(size, dtype=torch.bool, device=device).tril(chunk.start)
+
+
+def _norm(x: Tensor, width: tuple[int, ...], weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm in x's type; weights that a trainer keeps wider are computed with as they are."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, width, weight, epsilon)
+    return F.rms_norm(x.to(weight.dtype), width, weight, epsilon).to(x.dtype)
 
 
 def _project(projection: nn.Module, x: Tensor) -> Tensor:

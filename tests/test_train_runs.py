@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="training needs torch: pip install '
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 
 from stillhouse.r1.errors import UserError  # noqa: E402 - only where torch is
-from stillhouse.train import checkpoint, export  # noqa: E402
+from stillhouse.train import checkpoint, export, live  # noqa: E402
 from stillhouse.train.config import RunConfig, load_config  # noqa: E402
 from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
 from stillhouse.train.probe import probe  # noqa: E402
@@ -21,6 +21,7 @@ from stillhouse.train.rollout import Rollouts, find_model, open_rollouts  # noqa
 from stillhouse.train.sft import run_sft  # noqa: E402
 from stillhouse.train.tasks import open_task  # noqa: E402
 
+ENGINES = ("llama.cpp", "pytorch")
 REWARD = """
 def vowels(completions, **_):
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
@@ -104,12 +105,42 @@ def test_a_model_learns_what_is_rewarded(configure):
     assert len(kept) >= 40 * 16 and {"text", "reward", "advantage", "truncated"} <= kept[0].keys()
 
 
-def test_engine_and_trainer_agree_at_every_step(configure):
-    run = run_grpo(configure(), anyway=True, report=quiet)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_and_trainer_agree_at_every_step(configure, engine):
+    run = run_grpo(configure(**{"rollout.engine": engine}), anyway=True, report=quiet)
+    assert run.state.engine == engine
     records = [record for record in run.folder.records() if record["kind"] == "grpo"]
     assert all(0 <= record["mismatch_kl"] < 1e-8 for record in records)
     assert all(record["mismatch_ess"] > 0.9999 for record in records)
     assert records[-1]["change"] > 0
+
+
+def test_the_module_that_learns_in_16_bits_replies_nearly_as_it_scores(configure):
+    config = configure(**{"rollout.engine": "pytorch", "model.dtype": "bf16", "grpo.steps": 2})
+    records = run_grpo(config, anyway=True, report=quiet).folder.records()
+    assert all(record["mismatch_kl"] < 1e-3 for record in records if record["kind"] == "grpo")
+
+
+def test_the_faster_engine_is_taken_of_those_that_keep_to_the_trainer(configure, monkeypatch):
+    """Both are tried on the run's own prompts, with its adapter; a resumed run does not ask again."""
+    said: list[str] = []
+    config = configure(**{"rollout.engine": "auto", "grpo.steps": 2})
+    first = run_grpo(config, anyway=True, report=said.append)
+    assert [words.split()[1] for words in said[:2]] == list(ENGINES)
+    chosen = first.state.engine
+    other = next(engine for engine in ENGINES if engine != chosen)
+    trials = {chosen: live.Trial(chosen, 1000.0, 0.1, 1e-5), other: live.Trial(other, 10.0, 1e-9, 1e-5)}
+    monkeypatch.setattr(live, "_try", lambda name, *_: trials[name])
+    said.clear()
+    again = open_run(replace(config, grpo=replace(config.grpo, steps=3)), resume=True, report=said.append)
+    assert not said and again.state.engine == chosen
+    again.close()
+    fresh = open_run(replace(config, out=f"{config.out}-2"), report=said.append)
+    assert len(said) == 2 and fresh.state.engine == other  # the faster one is too far off
+    fresh.close()
+    trials[other] = trials[other]._replace(kl=float("nan"))
+    with pytest.raises(UserError, match="neither engine"):
+        open_run(replace(config, out=f"{config.out}-3"), report=quiet)
 
 
 def test_examples_are_learned_and_served(configure, tmp_path, toy):
@@ -133,9 +164,11 @@ def test_examples_are_learned_and_served(configure, tmp_path, toy):
 # Repeating
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(configure, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(configure, tmp_path, engine):
     """Weights, optimizer, log and what is said next; the run is stopped in the middle of a step, after a save."""
     fields = {"grpo.steps": 5, "evaluation.every": 1, "save.every": 2, "grpo.curriculum": True}
+    fields["rollout.engine"] = engine
     whole = run_grpo(configure(**fields), anyway=True, report=quiet)
     config = configure(**fields, out=str(tmp_path / "second"))
 
@@ -156,7 +189,10 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(configure, tmp_path)
 def test_the_split_into_micro_batches_changes_nothing(configure, tmp_path):
     runs = [
         run_grpo(
-            configure(out=str(tmp_path / f"{budget}"), **{"grpo.token_budget": budget, "grpo.steps": 2}),
+            configure(
+                out=str(tmp_path / f"{budget}"),
+                **{"grpo.token_budget": budget, "grpo.steps": 2, "optimizer.lr": 1e-3},
+            ),
             anyway=True,
             report=quiet,
         )
@@ -212,6 +248,30 @@ def test_an_engine_with_an_old_adapter_is_noticed(configure):
     with pytest.raises(UserError, match="may have an old adapter"):
         run.step()
     run.close()
+
+
+def test_a_run_that_goes_wrong_goes_back_to_its_best(configure):
+    """A guard that no step can please: after two strikes the best weights are back, and after three returns it ends."""
+    said: list[str] = []
+    config = configure(**{"grpo.steps": 20, "evaluation.every": 1, "guard.entropy": 99.0, "guard.strikes": 2})
+    run = open_run(config, report=quiet)
+    run.state.best = -1.0
+    best: dict[str, torch.Tensor] = {}
+
+    def watch(words: str) -> None:
+        said.append(words)
+        if "back to the best" in words:
+            assert same(weights(run), best)
+        elif words.startswith("step 1/"):
+            best.update(weights(run))
+            run.state.best = -0.5  # the evaluation after this step is the best there will be
+
+    with pytest.raises(UserError, match="going wrong: the entropy is"):
+        run.go(watch)
+    run.close()
+    assert sum("back to the best" in words for words in said) == 3
+    rollbacks = [record for record in run.folder.records() if record["kind"] == "rollback"]
+    assert [record["step"] for record in rollbacks] == [2, 4, 6]
 
 
 def test_a_run_is_not_written_over_and_another_base_is_refused(configure, random_model, tmp_path):

@@ -84,6 +84,9 @@ def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> Ba
     frequencies = rotary.inv_freq
     module.to(dtype)
     rotary.inv_freq = frequencies  # angles in 16 bits would be wrong by more the further a token is
+    for name, weights in module.named_parameters():
+        if "norm" in name and dtype.itemsize < 4:  # as llama.cpp has them; they are few
+            weights.data = weights.data.float()
     missing, unexpected = module.load_state_dict(_state(tensors, shape), strict=False)
     tied = {"lm_head.weight"} if "output.weight" not in tensors else set()
     if unexpected or set(missing) - tied:

@@ -105,7 +105,7 @@ class OptimizerConfig:
 class RolloutConfig:
     """How replies are drawn."""
 
-    engine: Literal["llama.cpp"] = "llama.cpp"
+    engine: Literal["llama.cpp", "pytorch", "auto"] = "llama.cpp"  # pytorch: the live module; auto: try both
     weights: Literal["auto", "f16", "f32", "served"] = "auto"  # auto: f16 up to a billion parameters, else as served
     temperature: float = 1.0
     top_p: float = 1.0  # less would draw from another distribution than the one that is trained
@@ -114,7 +114,7 @@ class RolloutConfig:
     floor: float = 0.5
     kl_stop: float = 0.0  # engine and trainer differ by more: stop; 0 = by the type of the weights
     prompt_tokens: int = 512  # room for a prompt
-    parallel: int = 16  # replies in progress at once
+    parallel: int = 32  # replies in progress at once
     threads: int = 0  # 0 = the physical cores
 
 

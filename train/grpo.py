@@ -27,10 +27,11 @@ from .episodes import Episode, completions, describe, line
 from .evaluate import Evaluation, evaluate, form_of
 from .export import save_gguf
 from .learn import Learner
+from .live import open_fitting
 from .loss import advantages
 from .policy import Policy
 from .rewards import Asked, Rewards, Scored
-from .rollout import Asking, Reply, Rollouts, find_model, open_rollouts, remove_copies
+from .rollout import Asking, Reply, Rollouts, find_model, remove_copies
 from .tasks import Item, Task, messages, open_task
 from .update import make_optimizer, peak_memory, place, rate
 
@@ -47,6 +48,7 @@ class State:
     step: int = 0
     cursor: int = 0  # items asked so far
     best: float = -1.0  # held-out accuracy
+    engine: str = ""  # that draws its replies
     first_length: float = 0.0  # tokens a reply, at the first step
     strikes: int = 0  # steps in a row that a guard disliked
     rollbacks: int = 0
@@ -57,7 +59,7 @@ class State:
 
 def run_grpo(config: RunConfig, *, resume: bool = False, anyway: bool = False, report: Report = print) -> Run:
     """Train, or go on training, in the run's folder. Raises `UserError`; what is saved stays good."""
-    run = open_run(config, resume=resume)
+    run = open_run(config, resume=resume, report=report)
     try:
         if run.state.step == 0 and not anyway:
             refuse_hopeless(run, report)
@@ -67,7 +69,7 @@ def run_grpo(config: RunConfig, *, resume: bool = False, anyway: bool = False, r
     return run
 
 
-def open_run(config: RunConfig, *, resume: bool = False) -> Run:
+def open_run(config: RunConfig, *, resume: bool = False, report: Report = print) -> Run:
     """Load everything that a run needs."""
     rewards = Rewards(config.rewards, config.gates)  # what is cheap to get wrong comes first
     paths, _ = find_model(config.model.name)
@@ -86,7 +88,21 @@ def open_run(config: RunConfig, *, resume: bool = False) -> Run:
     if restored:
         state = State(**restored.state)
     folder.forget_after(restored.step if restored else -1)
-    rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens, folder.path)
+
+    def take(rollouts: Rollouts) -> None:
+        rollouts.take(lambda path: save_gguf(adapter_of(policy), path))
+
+    rollouts = open_fitting(
+        policy,
+        config.rollout,
+        config.grpo.max_tokens,
+        folder.path,
+        take=take,
+        prompts=lambda rollouts: [rollouts.ask(messages(it, config.task)).ids for it in task.train[:2]],
+        chosen=state.engine,
+        report=report,
+    )
+    state.engine = "pytorch" if rollouts.is_live else "llama.cpp"
     kl_stop = config.rollout.kl_stop or rollouts.kl_stop
     learner = Learner(config, policy, optimizer, rollouts.weights != "served", kl_stop)
     return Run(config, folder, task, policy, optimizer, rollouts, rewards, state, learner)

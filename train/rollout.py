@@ -1,8 +1,8 @@
 """Replies to learn from: prompts through the engine, token ids in and out, the adapter swapped in after every step.
 
 llama.cpp draws them, from a float copy of the weights where the model is small enough: there its distribution is the
-trainer's up to rounding. Seeds belong to the step, the prompt and the reply, so a run can be repeated and resumed.
-Knows nothing of rewards.
+trainer's up to rounding. Or PyTorch does, on the module that learns (`live.py`). Seeds belong to the step, the prompt
+and the reply, so a run can be repeated and resumed. Knows nothing of rewards.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ from ..r1.messages import Message
 from ..r1.prompt import OPEN, ChatTemplate
 from .config import RolloutConfig
 
-Weights = Literal["f16", "f32", "served"]
+Weights = Literal["f16", "f32", "served", "live", "live bf16"]  # live: the trainer's own
 _SMALL = 1_000_000_000  # parameters; a float copy of more costs memory that a small machine has not
-_KL_STOP: dict[Weights, float] = {"f32": 1e-5, "f16": 1e-3, "served": 0.05}  # nats a token
+_KL_STOP: dict[Weights, float] = {
+    "f32": 1e-5,
+    "f16": 1e-3,
+    "served": 0.05,
+    "live": 1e-5,
+    "live bf16": 0.01,
+}  # nats a token
 _ADAPTER = "adapter.gguf"
 
 
@@ -64,6 +70,11 @@ class Rollouts:
     def vocabulary(self) -> Vocabulary:
         """The model's tokens."""
         return self.engine.backend.vocabulary
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the engine runs the module that is trained."""
+        return self.weights.startswith("live")
 
     @property
     def kl_stop(self) -> float:
@@ -113,11 +124,18 @@ class Rollouts:
 
     def take(self, write: Any) -> None:
         """Have the engine use an adapter: `write(path)` writes it as GGUF. What was computed before is forgotten."""
-        assert self.folder is not None
         started = time.perf_counter()
-        path = self.folder / _ADAPTER
-        write(path)
-        self.use(path)
+        if self.is_live:  # it has it already
+
+            def forget(backend: Any) -> None:
+                backend.forget()
+
+            self.engine.between_steps(forget)
+        else:
+            assert self.folder is not None
+            path = self.folder / _ADAPTER
+            write(path)
+            self.use(path)
         self.swap_s = time.perf_counter() - started
 
     def use(self, path: Path | None) -> None:
@@ -168,8 +186,13 @@ def open_rollouts(
     )
     vocabulary = opened.backend.vocabulary
     template = ChatTemplate(opened.chat_template, vocabulary.control, bos=opened.begin_text, eos=opened.end_text)
-    end_id = vocabulary.control.get(opened.end_text, next(iter(sorted(vocabulary.end_ids)), 0))
+    end_id = end_of_turn(vocabulary, opened.end_text)
     return Rollouts(Engine(opened.backend), template, wanted, end_id, context, folder)
+
+
+def end_of_turn(vocabulary: Vocabulary, end_text: str) -> int:
+    """The token that ends a reply."""
+    return vocabulary.control.get(end_text, next(iter(sorted(vocabulary.end_ids)), 0))
 
 
 def remove_copies(folder: Path) -> None:
