@@ -67,7 +67,7 @@ def serve(
         answering = asyncio.create_task(server.serve(sockets=[listener]))
         loading = _in_a_thread(load)
         await asyncio.wait({answering, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():  # told to stop; what loads cannot be interrupted, and has nothing to save
+        if service.draining or not loading.done():  # told to stop; what loads cannot be interrupted, or ended of it
             await answering
             os._exit(0)
         try:

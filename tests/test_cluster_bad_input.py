@@ -6,12 +6,15 @@ The other host is this machine under an address that is not its own; what is ssh
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from server_fixtures import within
 
 from stillhouse.__main__ import main
 
@@ -118,6 +121,32 @@ def test_a_host_that_does_not_answer_is_named_with_what_ssh_says(no_reply, check
     error, hint = error_and_hint(stderr)
     assert (code, "host me@far is not connected: ssh: connect to host far" in error) == (2, True), stderr
     assert "me@far stillhouse --version" in hint
+
+
+def test_the_end_comes_while_hosts_are_waited_for(no_reply, checkpoint_path):
+    """It is nobody's error: exit code 0, and no node is left."""
+    popen = psutil.Popen(
+        [
+            sys.executable,
+            "-m",
+            "stillhouse",
+            "cluster",
+            "serve",
+            str(checkpoint_path),
+            "--port",
+            "0",
+            *no_reply[:-1],
+            "60",
+        ],
+        stderr=subprocess.PIPE,
+    )
+    with popen.stderr:
+        assert within(20, lambda: len(popen.children()) >= 1)
+        nodes = popen.children(recursive=True)
+        popen.send_signal(signal.SIGINT)
+        assert popen.wait(15) == 0
+        assert b"error: " not in popen.stderr.read()
+    assert within(5, lambda: not any(it.is_running() and it.status() != psutil.STATUS_ZOMBIE for it in nodes))
 
 
 ALONE = {  # flags -> in the error
