@@ -5,6 +5,7 @@ The other host is this machine under an address that is not its own; what is ssh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from server_fixtures import within
@@ -125,28 +127,25 @@ def test_a_host_that_does_not_answer_is_named_with_what_ssh_says(no_reply, check
 
 def test_the_end_comes_while_hosts_are_waited_for(no_reply, checkpoint_path):
     """It is nobody's error: exit code 0, and no node is left."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    flags = ["--port", port, *no_reply[:-1], "60"]
     popen = psutil.Popen(
-        [
-            sys.executable,
-            "-m",
-            "stillhouse",
-            "cluster",
-            "serve",
-            str(checkpoint_path),
-            "--port",
-            "0",
-            *no_reply[:-1],
-            "60",
-        ],
-        stderr=subprocess.PIPE,
+        [sys.executable, "-m", "stillhouse", "cluster", "serve", str(checkpoint_path), *flags], stderr=subprocess.PIPE
     )
     with popen.stderr:
-        assert within(20, lambda: len(popen.children()) >= 1)
+        assert within(20, lambda: is_loading(port))
         nodes = popen.children(recursive=True)
         popen.send_signal(signal.SIGINT)
         assert popen.wait(15) == 0
         assert b"error: " not in popen.stderr.read()
     assert within(5, lambda: not any(it.is_running() and it.status() != psutil.STATUS_ZOMBIE for it in nodes))
+
+
+def is_loading(port: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "loading"}
+    return False
 
 
 ALONE = {  # flags -> in the error
