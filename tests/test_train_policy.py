@@ -298,6 +298,27 @@ def test_mlx_finds_every_layer_the_other_way_round(model_paths, tmp_path):
     assert config["lora_parameters"]["scale"] == 2.0 and "self_attn.q_proj" in config["lora_parameters"]["keys"]
 
 
+def test_mlx_lm_says_with_the_exported_adapter_what_the_trainer_says(model_paths, tmp_path):
+    mx = pytest.importorskip("mlx.core", reason="compares with mlx-lm: pip install 'mlx[cpu]' mlx-lm")
+    utils = pytest.importorskip("mlx_lm.utils", reason="compares with mlx-lm: pip install mlx-lm")
+    policy = make_policy(model_paths["llama"])
+    export.save_mlx(adapter_of(policy), tmp_path / "mlx")
+    read_base((model_paths["llama"],)).module.save_pretrained(tmp_path / "base")
+    model, _ = utils.load_model(tmp_path / "base")
+    model = utils.load_adapters(model, str(tmp_path / "mlx"))
+    group = some_groups()[0]
+    row = [*group.prompt_ids, *group.replies[2]]
+    logits = torch.from_numpy(np.array(model(mx.array([row]))[0].astype(mx.float32)))
+    theirs = torch.log_softmax(logits[len(group.prompt_ids) - 1 : -1], -1)
+    theirs = theirs.gather(-1, torch.tensor(group.replies[2])[:, None])[:, 0]
+    with torch.no_grad():
+        ours = policy.score([Group(group.prompt_ids, [group.replies[2]])]).logp[0]
+        with policy.reference():
+            bare = policy.score([Group(group.prompt_ids, [group.replies[2]])]).logp[0]
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
+    assert not torch.allclose(bare, theirs, rtol=0, atol=1e-2)
+
+
 def test_an_adapter_of_another_model_is_refused(model_paths, tmp_path):
     adapter = adapter_of(make_policy(model_paths["llama"]))
     with pytest.raises(UserError, match="has other weights"):

@@ -250,6 +250,25 @@ def test_an_engine_with_an_old_adapter_is_noticed(configure):
     run.close()
 
 
+def test_tensorboard_shows_every_step_once(configure, tmp_path):
+    board = pytest.importorskip("tensorboardX", reason="writes TensorBoard's files: pip install tensorboardX")
+    run = run_grpo(configure(**{"save.tensorboard": True, "grpo.steps": 2}), anyway=True, report=quiet)
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (run.folder.path / "tensorboard").iterdir()
+    data, at, shown = path.read_bytes(), 0, []
+    while at < len(data):  # length, checksum, event, checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        at += 16 + size
+    rewards = [(step, value) for tag, step, value in shown if tag == "grpo/reward"]
+    records = [record for record in run.folder.records() if record["kind"] == "grpo"]
+    assert rewards == [(record["step"], pytest.approx(record["reward"], rel=1e-6)) for record in records]
+    assert {"evaluation/pass_1", "grpo/entropy"} <= {tag for tag, _, _ in shown}
+    assert board
+
+
 def test_a_run_that_goes_wrong_goes_back_to_its_best(configure):
     """A guard that no step can please: after two strikes the best weights are back, and after three returns it ends."""
     said: list[str] = []

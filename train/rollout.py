@@ -25,11 +25,12 @@ from ..r1.messages import Message
 from ..r1.prompt import OPEN, ChatTemplate
 from .config import RolloutConfig
 
-Weights = Literal["f16", "f32", "served", "live", "live bf16"]  # live: the trainer's own
+Weights = Literal["f16", "bf16", "f32", "served", "live", "live bf16"]  # live: the trainer's own
 _SMALL = 1_000_000_000  # parameters; a float copy of more costs memory that a small machine has not
 _KL_STOP: dict[Weights, float] = {
     "f32": 1e-5,
     "f16": 1e-3,
+    "bf16": 0.01,
     "served": 0.05,
     "live": 1e-5,
     "live bf16": 0.01,
@@ -169,7 +170,7 @@ def open_rollouts(
         mark = fingerprint([read_header(path) for path in paths])
         copy = folder / f"rollout-{mark}-{wanted}.gguf"
         if not copy.exists():
-            copy_model(paths, copy, "F32" if wanted == "f32" else "F16")
+            copy_model(paths, copy, wanted.upper())
         paths = (copy,)
     context = min(config.prompt_tokens + max_tokens, header.context_length or 1 << 30)
     opened = open_backend(
@@ -181,6 +182,7 @@ def open_rollouts(
             kv_type="f32" if wanted == "f32" else "f16",
             flash_attention=False if wanted == "f32" else None,
             threads=config.threads or None,
+            stored_bytes=0,  # the next adapter makes them worthless
             steady=True,
         ),
     )
