@@ -142,6 +142,7 @@ def rollouts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     import torch
     import transformers
 
+    from stillhouse.backends import machine
     from stillhouse.backends.base import GenerationRequest
     from stillhouse.train.basemodel import read_base
     from stillhouse.train.rollout import find_model, open_rollouts
@@ -166,7 +167,9 @@ def rollouts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
             GenerationRequest(f"{turn}-{n}", prompt_ids, tokens, top_logprobs=0, ignore_eos=True)
             for n in range(replies)
         ]
+        machine.release_helpers()  # as `Rollouts.draw` does
         drawn = sum(1 for _ in drawing.engine.generate(asked))
+        drawing.engine.between_steps(lambda _: machine.release_helpers())
         rates["llama.cpp"].append(drawn / (time.perf_counter() - started))
         started = time.perf_counter()
         with torch.no_grad():

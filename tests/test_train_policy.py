@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch: pip install 'stillhouse[train]'")
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 
+from stillhouse.backends import machine  # noqa: E402 - only where torch is
 from stillhouse.backends.base import GenerationRequest  # noqa: E402 - only where torch is
 from stillhouse.backends.engine import Engine  # noqa: E402
 from stillhouse.r1.errors import UserError  # noqa: E402
@@ -359,3 +361,27 @@ def test_a_copy_in_other_types_is_the_same_model(model_paths, tmp_path):
 def test_what_is_not_a_gguf_of_a_known_architecture_is_told(tmp_path, random_model):
     with pytest.raises(UserError, match="not a GGUF file"):
         read_base((tmp_path / "model.safetensors",))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts its threads in Linux's /proc")
+def test_a_threads_helpers_go_when_they_are_sent_away():
+    """A trainer and an engine that compute in turn would otherwise slow each other down."""
+    if "libgomp" not in Path("/proc/self/maps").read_text():
+        pytest.skip("this torch computes with another library than GNU's")
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.ones(1 << 20).exp()
+        busy = threads()
+        machine.release_helpers()
+        deadline = time.monotonic() + 5
+        while threads() > busy - 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threads() <= busy - 2
+        assert float(torch.ones(1 << 20).sum()) == 1 << 20  # and come back
+    finally:
+        torch.set_num_threads(before)

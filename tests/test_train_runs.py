@@ -19,7 +19,7 @@ from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
 from stillhouse.train.probe import probe  # noqa: E402
 from stillhouse.train.rollout import Rollouts, find_model, open_rollouts  # noqa: E402
 from stillhouse.train.sft import run_sft  # noqa: E402
-from stillhouse.train.tasks import open_task  # noqa: E402
+from stillhouse.train.tasks import messages, open_task  # noqa: E402
 
 ENGINES = ("llama.cpp", "pytorch")
 REWARD = """
@@ -346,6 +346,14 @@ def test_a_probe_tells_what_there_is_to_learn(configure):
     assert verdict.useful > 0.5 and verdict.truncated > 0.5
     assert verdict.hopeless and "cut off at 8 tokens" in verdict.words
     assert verdict.update_s > 0 and "useful groups" in str(verdict)
+
+
+def test_there_is_room_for_the_longest_prompt_and_little_more(configure):
+    run = open_run(configure(**{"rollout.prompt_tokens": 0}), report=quiet)
+    longest = max(len(run.rollouts.ask(messages(item, run.config.task)).ids) for item in run.task.train)
+    room = run.rollouts.context - run.config.grpo.max_tokens
+    run.close()
+    assert longest < room <= 1.25 * longest + 1
 
 
 def test_a_prompt_that_does_not_fit_is_told(configure):

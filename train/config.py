@@ -113,7 +113,7 @@ class RolloutConfig:
     cap: float = 2.0
     floor: float = 0.5
     kl_stop: float = 0.0  # engine and trainer differ by more: stop; 0 = by the type of the weights
-    prompt_tokens: int = 512  # room for a prompt
+    prompt_tokens: int = 0  # room for a prompt; 0 = for the longest there is
     parallel: int = 32  # replies in progress at once
     threads: int = 0  # 0 = the physical cores
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..backends import machine
 from ..backends.base import Backend, GenerationRequest, LoadOptions, Sampling, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import open_backend
@@ -36,6 +37,7 @@ _KL_STOP: dict[Weights, float] = {
     "live bf16": 0.01,
 }  # nats a token
 _ADAPTER = "adapter.gguf"
+_PROMPT_TOKENS = 512  # room where nobody knows the prompts
 
 
 class Reply(NamedTuple):
@@ -115,11 +117,13 @@ class Rollouts:
                 name = str(self._numbers)
                 requests.append(GenerationRequest(name, prompt_ids, max_tokens, sampling, top_logprobs=0))
         drawn: dict[str, Reply] = {request.id: Reply([], [], "", False) for request in requests}
+        machine.release_helpers()
         for token in self.engine.generate(requests):
             reply = drawn[token.request_id]
             reply.ids.append(token.token_id)
             reply.logprobs.append(token.logprob if token.logprob is not None else float("nan"))
             drawn[token.request_id] = reply._replace(text=reply.text + token.text, truncated=token.finish == "length")
+        self.engine.between_steps(lambda _: machine.release_helpers())
         everything = [drawn[request.id] for request in requests]
         return [everything[n : n + replies] for n in range(0, len(everything), replies)]
 
@@ -172,7 +176,7 @@ def open_rollouts(
         if not copy.exists():
             copy_model(paths, copy, wanted.upper())
         paths = (copy,)
-    context = min(config.prompt_tokens + max_tokens, header.context_length or 1 << 30)
+    context = min((config.prompt_tokens or _PROMPT_TOKENS) + max_tokens, header.context_length or 1 << 30)
     opened = open_backend(
         paths,
         LoadOptions(
