@@ -12,7 +12,7 @@ from .r1.errors import UserError
 COMMANDS = {  # name -> (module, what it does)
     "serve": ("server.cli", "serve a model to OpenAI clients"),
     "chat": ("server.cli", "talk to a model in the terminal"),
-    "cluster": ("server.cluster_cli", "plan a cluster of Macs for a model"),
+    "cluster": ("server.cluster_cli", "serve a model over several Macs; plan and examine them first"),
     "conformance": ("server.conformance.cli", "try how a server treats a model's thoughts, case by case"),
     "quantize": ("quantize.cli", "turn a 16-bit checkpoint into 4-bit files, in one pass"),
     "calibrate": ("quantize.cli", "let a model write its own calibration text"),

@@ -50,6 +50,7 @@ class Spec:
     model: Path  # a folder of this machine
     options: LoadOptions
     ready_s: float  # in which it must have loaded
+    waits: bool = False  # for a word of the head before it looks for the others: they find one another at once
 
     @classmethod
     def parse(cls, line: str) -> Spec:
@@ -68,6 +69,7 @@ class Spec:
                 model=Path(told["model"]),
                 options=LoadOptions(**options, backend="mlx"),
                 ready_s=float(told["ready_s"]),
+                waits=bool(told.get("waits")),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -104,6 +106,9 @@ class Rank:
             from .mlxlm_executor import LocalExecutor
         except ImportError as error:
             raise UserError(f"MLX cannot be loaded: {error}", 'pip install "stillhouse[mlx]"') from None
+        if spec.waits:
+            self._wire.send({"here": True})
+            self._wire.receive(None)
         group = mlxlm_share.join_group(spec.rank, spec.size)
         self._wire.send({"joined": True})
         share, fitted = mlxlm_share.load_share(checkpoint, spec.options, spec.strategy, spec.rank, spec.size, group)

@@ -48,7 +48,7 @@ class Ranks:
         *,
         epoch: int,
         ready: Sequence[Mapping[str, Any]],
-        stall_s: float = 2.0,
+        stall_s: float = 3.0,  # longer than SILENT_S: who stands still is named before those that wait for it
         first_s: float = 30.0,
     ) -> None:
         """`ready` is what each said when it had loaded.

@@ -104,6 +104,11 @@ class Wire:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def detach(self) -> socket.socket:
+        """Give up frames: the bare socket, for whoever measures it."""
+        self._broken = f"the wire to {self.peer} was given up"
+        return self._socket
+
     def _push(self, rest: memoryview) -> None:
         deadline = time.monotonic() + _SEND_S
         while rest:

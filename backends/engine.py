@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .base import Backend, BackendFailed, GenerationRequest, Token
+from .base import Backend, BackendFailed, GenerationRequest, Load, Token
 
 Item = Token | Exception
 Result = TypeVar("Result")
@@ -103,6 +103,10 @@ class Engine:
         if error:
             raise error
         return result  # pyright: ignore[reportReturnType] - where there is no error
+
+    def load(self) -> Load:
+        """How busy it is now; from any thread."""
+        return self.backend.load()
 
     def close(self) -> None:
         """Finish the step in progress, end everything else, and give the backend back."""

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..r1.errors import UserError
 from .base import BackendFailed, GenerationRequest, Load, LoadOptions, Token, Vocabulary
 from .draft import Draft
 from .executor import Executor
@@ -82,7 +83,9 @@ class MlxLm:
     # The contract
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises `PromptTooLong`."""
+        """Queue a request. Raises `PromptTooLong`, and `UserError` for what is no token."""
+        if not all(0 <= token_id < self.vocabulary.size for token_id in request.prompt_ids):
+            raise UserError(f"the prompt has a token id beyond the last, {self.vocabulary.size - 1}")  # MLX would crash
         draft = Draft(request, self.vocabulary, self.context_length)
         self._line.add(_Running(draft, RowSampler(request, self.vocabulary, self._breakers)))
 

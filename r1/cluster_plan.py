@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .catalog import Model
+from .catalog import R1_ADVICE, Model
 from .errors import UserError
 
 GPU_SHARE = 0.75  # of a Mac's memory, that macOS lets the GPU have unless iogpu.wired_limit_mb says otherwise
@@ -19,7 +19,25 @@ _BUFFERS = 1_000_000_000  # bytes a host, for what is computed
 _SHARED = 0.47  # of a step's time divides among hosts; fitted to 1.3x on 2 and 1.55x on 4 Macs with RDMA, as published
 _MESH_MOST = 6  # Macs with six Thunderbolt ports, one cable between each two of them, leaves one port free
 _HEADS = {"1.5b": 12, "7b": 28, "8b": 32, "14b": 40, "32b": 40, "70b": 64, "135m": 9}  # of the checkpoints' config.json
-_PIPELINES = ("Qwen",)  # families that mlx-lm can split by layers
+
+_BANDWIDTHS = (  # GB/s, by the end of the chip's name
+    ("M1 Ultra", 800),
+    ("M1 Max", 400),
+    ("M1 Pro", 200),
+    ("M1", 68),
+    ("M2 Ultra", 800),
+    ("M2 Max", 400),
+    ("M2 Pro", 200),
+    ("M2", 100),
+    ("M3 Ultra", 819),
+    ("M3 Max", 300),
+    ("M3 Pro", 150),
+    ("M3", 100),
+    ("M4 Max", 410),
+    ("M4 Pro", 273),
+    ("M4", 120),
+    ("M5", 153),
+)
 
 Way = Literal["single", "tensor", "pipeline", "replicas"]
 
@@ -38,6 +56,45 @@ LINKS = {
     "ethernet": Link("TCP over Ethernet", 500e-6),
 }
 """Published figures are 3 to 50 microseconds for RDMA and about 300 for TCP over Thunderbolt; Ethernet's is a guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped(Model):
+    """A model that is in no catalogue, by what its checkpoint says."""
+
+    heads: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        name: str,
+        architecture: str,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        layers: int,
+        vocabulary_size: int,
+        weights_bytes: int,
+        bits: int,
+    ) -> Shaped:
+        """From its shape; parameters are reckoned from its bytes."""
+        return cls(
+            name=name,
+            title=architecture.capitalize(),
+            source=name,
+            gguf="",
+            parameters=round(weights_bytes / _bytes_of(bits)),
+            layers=layers,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            context_length=0,
+            vocabulary_size=vocabulary_size,
+            licence="",
+            advice=R1_ADVICE,
+            gb=(),
+            heads=heads,
+        )
 
 
 class Option(NamedTuple):
@@ -102,13 +159,25 @@ def cabling(hosts: int) -> str:
     return f"jaccl-ring: a ring of {hosts} Thunderbolt 5 cables, 2 ports a host; a mesh would need {hosts - 1} ports"
 
 
+def bandwidth_of(chip: str) -> float | None:
+    """A chip's memory bandwidth in GB/s, the least of its variants'; `None` where it is none of Apple's."""
+    return next((gb for name, gb in _BANDWIDTHS if chip.endswith(name)), None)
+
+
 def _heads(model: Model) -> int:
+    if isinstance(model, Shaped):
+        return model.heads
     return _HEADS[model.name.partition(":")[2]]
+
+
+def _bytes_of(bits: int) -> float:
+    """A weight takes, with its part of its group's scales."""
+    return (bits + (_GROUP_BITS if bits < 16 else 0)) / 8
 
 
 def _weights(model: Model, bits: int) -> tuple[int, int]:
     """Bytes of the layers, and of what every host keeps whole: the embeddings and the head."""
-    per_weight = (bits + (_GROUP_BITS if bits < 16 else 0)) / 8
+    per_weight = _bytes_of(bits)
     hidden = _heads(model) * model.head_size
     ends = min(model.parameters // 2, 2 * model.vocabulary_size * hidden)
     return round((model.parameters - ends) * per_weight), round(ends * per_weight)
@@ -157,8 +226,6 @@ def _pipeline(model: Model, room: Sequence[int], bits: int, context: int, bandwi
     share = -(-model.layers // hosts) / model.layers
     needed = round(layers * share) + ends + round(context * model.kv_bytes_per_token() * share) + _BUFFERS
     reason = _fits(needed, room)
-    if not any(family in model.title for family in _PIPELINES):
-        reason = "mlx-lm can't split a Llama by layers"
     if hosts > model.layers:
         reason = f"it has {model.layers} layers"
     return Option(

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from .. import __version__
 from ..r1.errors import UserError
 from . import chat, completions, tokens
+from .cluster import Cluster
 from .errors import ApiError, as_api_error
 from .gate import Gate
 from .metrics import Metrics
@@ -40,8 +41,9 @@ _REFERENCE = "#/components/schemas/{model}"
 class Service:
     """What the paths share: the model once it is loaded, the requests in flight, and whether we are stopping."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, cluster: Cluster | None = None) -> None:
         self.settings = settings
+        self.cluster = cluster  # that has the model, where it is not this process
         self.metrics = Metrics()
         self.draining = False
         self.live: dict[str, Replies] = {}  # the requests in flight, by their id
@@ -54,12 +56,15 @@ class Service:
             raise ApiError(503, "the server is stopping", code="shutting_down", headers={"Retry-After": "5"})
         if self._model is None:
             raise ApiError(503, "the model is still loading", code="loading", headers={"Retry-After": "2"})
+        if self.cluster and (trouble := self.cluster.trouble):
+            words = f"the cluster is down: {trouble}; it is started again"
+            raise ApiError(503, words, code="cluster_down", headers={"Retry-After": "5"})
         return self._model
 
     @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now."""
-        if self._model is None or self.draining:
+        if self._model is None or self.draining or (self.cluster and self.cluster.trouble):
             return False
         return bool(self._model.engine.up) if isinstance(self._model, UpstreamModel) else True
 
@@ -81,10 +86,14 @@ class Service:
             model.engine.watch_over()
         else:
             self.metrics.serve(model.name, model.engine)
+        if self.cluster:
+            self.metrics.serve_cluster(model.name, self.cluster)
 
     def close(self) -> None:
         """End what is in progress and give the model back."""
         self.draining = True
+        if self.cluster:
+            self.cluster.close()
         if self._model:
             self._model.engine.close()
 
@@ -181,6 +190,12 @@ def _add_info(app: FastAPI, service: Service) -> None:
         stuck = service.stuck_s > HANGS_S
         return JSONResponse({"status": "stuck" if stuck else "ok"}, 503 if stuck else 200)
 
+    @app.get("/cluster")
+    async def cluster() -> dict[str, Any]:
+        if service.cluster is None:
+            raise ApiError(404, "this server has no cluster; `stillhouse cluster serve` starts one", code="no_cluster")
+        return service.cluster.table()
+
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -257,7 +272,8 @@ async def _generated(
 def _status(service: Service) -> Response:
     if service.is_ready:
         return JSONResponse({"status": "ok"})
-    state = "stopping" if service.draining else "loading" if service.is_loading else "no upstream is up"
+    down = "the cluster is down" if service.cluster else "no upstream is up"
+    state = "stopping" if service.draining else "loading" if service.is_loading else down
     return JSONResponse({"status": state}, 503, headers={"Retry-After": "2"})
 
 

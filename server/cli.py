@@ -34,6 +34,7 @@ def _serve(argv: list[str]) -> int:
     parser = flags_of("serve", "Serve a model to OpenAI clients.", _SERVE_EXAMPLES)
     flags.add_model_flags(parser)
     flags.add_server_flags(parser)
+    flags.add_upstream_flags(parser)
     arguments = parser.parse_args(argv)
     settings, options, template, urls = (
         flags.settings(arguments),
@@ -48,7 +49,7 @@ def _serve(argv: list[str]) -> int:
     from .model import ServedModel, load
     from .process import serve
 
-    _warn_of_strangers(settings)
+    flags.warn_of_strangers(settings)
 
     def announce(model: ServedModel, url: str) -> None:
         backend = model.engine.backend
@@ -71,7 +72,7 @@ def _serve_upstreams(arguments: argparse.Namespace, settings: flags.Settings, ur
     from .process import serve
     from .upstream_model import UpstreamModel, connect
 
-    _warn_of_strangers(settings)
+    flags.warn_of_strangers(settings)
     settings = replace(settings, parallel=settings.parallel * len(urls))
 
     def load() -> UpstreamModel:
@@ -100,14 +101,6 @@ def _serve_upstreams(arguments: argparse.Namespace, settings: flags.Settings, ur
 
     print(f"asking {len(urls)} upstream{'s' * (len(urls) > 1)} …", file=sys.stderr, flush=True)
     return serve(settings, load, announce)
-
-
-def _warn_of_strangers(settings: flags.Settings) -> None:
-    if not settings.local_only and not settings.key_hashes:
-        print(
-            f"warning: anyone who can reach {settings.host} can use this server; --api-key-file asks for a key",
-            file=sys.stderr,
-        )
 
 
 def _chat(argv: list[str]) -> int:

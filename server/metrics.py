@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..backends.base import Token
 from ..backends.engine import Engine
+from .replicas import Replicas
 from .upstream_pool import Upstreams
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -53,9 +55,13 @@ class Metrics:
         self.cancelled = counter("cancelled", "Requests that were given up", "reason")
         self.refused = counter("refused", "Requests that were answered with an error", "status")
 
-    def serve(self, model: str, engine: Engine) -> None:
+    def serve(self, model: str, engine: Engine | Replicas) -> None:
         """Show how busy this engine is whenever somebody asks."""
         self._registry.register(_EngineGauges(model, engine))
+
+    def serve_cluster(self, model: str, cluster: Cluster) -> None:
+        """Show how the ranks of a cluster are whenever somebody asks."""
+        self._registry.register(_ClusterGauges(model, cluster))
 
     def serve_upstreams(self, model: str, upstreams: Upstreams) -> None:
         """Show how upstreams are whenever somebody asks."""
@@ -141,12 +147,12 @@ class Watch:
 class _EngineGauges:
     """Reads the engine at the moment it is asked."""
 
-    def __init__(self, model: str, engine: Engine) -> None:
+    def __init__(self, model: str, engine: Engine | Replicas) -> None:
         self._model = model
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        load, activity = self._engine.backend.load(), self._engine.activity
+        load, activity = self._engine.load(), self._engine.activity
         for name, words, value in (
             ("requests_running", "Replies in progress", load.running),
             ("requests_waiting", "Replies that wait for a place", load.waiting),
@@ -165,6 +171,38 @@ class _EngineGauges:
             total = CounterMetricFamily(f"r1_{name}", words, labels=["model"])
             total.add_metric([self._model], value)
             yield total
+
+
+class Cluster(Protocol):
+    """What is shown of a cluster."""
+
+    def table(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+class _ClusterGauges:
+    """Reads the cluster's table at the moment it is asked."""
+
+    def __init__(self, model: str, cluster: Cluster) -> None:
+        self._model = model
+        self._cluster = cluster
+
+    def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily(
+            "r1_cluster_rank_up", "Whether a rank takes part in steps", labels=["model", "group", "rank", "host"]
+        )
+        labels = ["model", "group"]
+        epoch = GaugeMetricFamily("r1_cluster_epoch", "Grows with every start of the ranks of a group", labels=labels)
+        age = GaugeMetricFamily(
+            "r1_cluster_last_step_age_seconds", "Since the last collective step of a group", labels=labels
+        )
+        for group in self._cluster.table()["groups"]:
+            number = str(group["group"])
+            epoch.add_metric([self._model, number], group["epoch"])
+            if group["last_step_age_s"] is not None:
+                age.add_metric([self._model, number], group["last_step_age_s"])
+            for rank in group["ranks"]:
+                up.add_metric([self._model, number, str(rank["rank"]), rank["host"]], rank["up"])
+        yield from (up, epoch, age)
 
 
 class _UpstreamGauges:

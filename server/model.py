@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..backends.base import LoadOptions, Vocabulary
+from ..backends.base import Backend, LoadOptions, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import Opened, open_backend, open_echo
 from ..r1.catalog import R1_ADVICE, Advice
@@ -14,6 +15,7 @@ from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
 from ..r1.thinking import Tags
 from ..r1.tool_formats import Format, calls_in
+from .replicas import Replicas
 
 ECHO = "echo"
 _ADVICE_ELSE = Advice(temperature=0.7, top_p=0.95)  # where nobody says anything: a little below the model's own spread
@@ -37,7 +39,7 @@ class Named:
 class ServedModel(Named):
     """A model that is loaded in this process."""
 
-    engine: Engine
+    engine: Engine | Replicas
     template: ChatTemplate
     tags: Tags
     grammars: Grammars
@@ -80,6 +82,7 @@ def serve_opened(
     alias: str | None = None,
     advice: Advice | None = None,
     chat_template: str | None = None,
+    start: Callable[[Backend], Engine | Replicas] = Engine,
 ) -> ServedModel:
     """Start the engine of a model that is in memory."""
     vocabulary = opened.backend.vocabulary
@@ -89,7 +92,7 @@ def serve_opened(
     return ServedModel(
         name=alias or name,
         aliases=frozenset({name}),
-        engine=Engine(opened.backend),
+        engine=start(opened.backend),
         template=template,
         tags=Tags.of(vocabulary.control, vocabulary.end_ids, vocabulary.size, vocabulary.encode),
         grammars=Grammars(vocabulary),

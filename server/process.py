@@ -29,6 +29,7 @@ except ImportError:  # Windows
     from asyncio import run as run_on_loop
 
 from .app import Service, create_app
+from .cluster import Cluster
 from .settings import Settings
 from .upstream_model import AnyModel
 
@@ -38,12 +39,17 @@ Model = TypeVar("Model", bound=AnyModel)
 _SWITCH_S = 0.0005
 
 
-def serve(settings: Settings, load: Callable[[], Model], announce: Callable[[Model, str], None]) -> int:
+def serve(
+    settings: Settings,
+    load: Callable[[], Model],
+    announce: Callable[[Model, str], None],
+    cluster: Cluster | None = None,
+) -> int:
     """Listen, load, answer until told to stop; the exit code. Raises `UserError` where it cannot start."""
     listener = _bind(settings.host, settings.port)
     sys.setswitchinterval(_SWITCH_S)
     port = listener.getsockname()[1]
-    service = Service(settings)
+    service = Service(settings, cluster)
     server = _Server(
         uvicorn.Config(
             create_app(service),

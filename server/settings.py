@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,45 +50,45 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     else:
         parser.add_argument("--model", default=default, help=words)
     group = parser.add_argument_group("model")
-    _flag(
+    flag(
         group,
         "--backend",
-        type=_one_of("auto", *BACKENDS, UPSTREAM),
+        type=one_of("auto", *BACKENDS, UPSTREAM),
         default="auto",
         metavar="NAME",
         help="auto, llama.cpp, pytorch, mlx, or openai: upstreams serve it; auto goes by the files, the machine and "
         "what is installed",
     )
-    _flag(
+    flag(
         group,
         "--context",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="prompt and reply together; default: what fits, up to 32768",
     )
-    _flag(group, "--parallel", type=_parallel, default=4, metavar="N", help="replies in progress at once (default 4)")
-    _flag(group, "--cache-tokens", type=_positive, metavar="TOKENS", help="KV cache of all requests together")
-    _flag(
+    flag(group, "--parallel", type=places, default=4, metavar="N", help="replies in progress at once (default 4)")
+    flag(group, "--cache-tokens", type=positive, metavar="TOKENS", help="KV cache of all requests together")
+    flag(
         group,
         "--kv-type",
         default="f16",
         metavar="TYPE",
         help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl (default f16)",
     )
-    _flag(group, "--threads", type=_positive, metavar="N", help="compute threads; default: the physical cores")
-    _flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
-    _flag(
+    flag(group, "--threads", type=positive, metavar="N", help="compute threads; default: the physical cores")
+    flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
+    flag(
         group,
         "--flash-attention",
-        type=_one_of("auto", "on", "off"),
+        type=one_of("auto", "on", "off"),
         default="auto",
         metavar="auto|on|off",
         help="default auto",
     )
-    _flag(
+    flag(
         group,
         "--batch-tokens",
-        type=_positive,
+        type=positive,
         default=512,
         metavar="N",
         help="tokens a step decodes at most (default 512)",
@@ -99,10 +100,10 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
         metavar="FILE[=SCALE]",
         help="an adapter of the backend's kind; may be repeated",
     )
-    _flag(
+    flag(
         group,
         "--dtype",
-        type=_one_of("auto", "f32", "bf16", "f16"),
+        type=one_of("auto", "f32", "bf16", "f16"),
         default="auto",
         metavar="TYPE",
         help="what PyTorch computes in: auto, f32, bf16 or f16",
@@ -113,38 +114,42 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
     group.add_argument(
         "--allow-pickle", action="store_true", help="load weights from files that can hold programs (PyTorch's .bin)"
     )
-    _flag(group, "--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's own")
-    _flag(group, "--alias", metavar="NAME", help="serve the model under this name")
+    flag(group, "--chat-template", metavar="FILE", help="a Jinja chat template instead of the model's own")
+    flag(group, "--alias", metavar="NAME", help="serve the model under this name")
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how the server listens."""
     group = parser.add_argument_group("server")
-    _flag(group, "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
-    _flag(group, "--port", type=_port, default=8000, help="default 8000")
-    _flag(group, "--api-key-file", metavar="FILE", help="one key a line; requests must carry one of them")
+    flag(group, "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    flag(group, "--port", type=port_number, default=8000, help="default 8000")
+    flag(group, "--api-key-file", metavar="FILE", help="one key a line; requests must carry one of them")
     group.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call, or *"
     )
-    _flag(group, "--max-body", type=_positive, default=8, metavar="MB", help="largest request (default 8)")
-    _flag(group, "--max-waiting", type=_count, default=64, metavar="N", help="requests that may wait (default 64)")
-    _flag(
+    flag(group, "--max-body", type=positive, default=8, metavar="MB", help="largest request (default 8)")
+    flag(group, "--max-waiting", type=_count, default=64, metavar="N", help="requests that may wait (default 64)")
+    flag(
         group,
         "--grace",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="for replies in progress at shutdown (default 30)",
     )
+
+
+def add_upstream_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a server whose model others serve."""
     group = parser.add_argument_group("upstreams (--backend openai)")
     group.add_argument(
         "--upstream", action="append", default=[], metavar="URL", help="an OpenAI-compatible server; may be repeated"
     )
-    _flag(group, "--upstream-key-file", metavar="FILE", help="the key that upstreams are asked with")
-    _flag(
+    flag(group, "--upstream-key-file", metavar="FILE", help="the key that upstreams are asked with")
+    flag(
         group,
         "--upstream-timeout",
-        type=_seconds,
+        type=seconds,
         default=300.0,
         metavar="SECONDS",
         help="an upstream that is silent for so long has failed (default 300)",
@@ -214,6 +219,15 @@ def settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
+def warn_of_strangers(settings: Settings) -> None:
+    """Say on stderr where everybody would be answered."""
+    if not settings.local_only and not settings.key_hashes:
+        print(
+            f"warning: anyone who can reach {settings.host} can use this server; --api-key-file asks for a key",
+            file=sys.stderr,
+        )
+
+
 def chat_template(arguments: argparse.Namespace) -> str | None:
     """The template of `--chat-template`."""
     return None if arguments.chat_template is None else _read(arguments.chat_template, "chat template")
@@ -254,7 +268,7 @@ def _lora(text: str) -> tuple[Path, float]:
         raise UserError(f"--lora {text}: {scale!r} is not a number", "write FILE=0.5") from None
 
 
-def _flag(group: argparse._ArgumentGroup, name: str, **options: object) -> None:
+def flag(group: argparse._ArgumentGroup, name: str, **options: object) -> None:
     """A flag whose default may come from the environment: `--kv-type` from STILLHOUSE_KV_TYPE."""
     value = _environment(name.removeprefix("--").replace("-", "_").upper())
     if value is not None:
@@ -266,7 +280,8 @@ def _environment(name: str) -> str | None:
     return os.environ.get(f"STILLHOUSE_{name}") or None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A flag's number from 1."""
     return _whole(text, 1, 2**31 - 1)
 
 
@@ -274,11 +289,13 @@ def _count(text: str) -> int:
     return _whole(text, 0, 1_000_000)
 
 
-def _parallel(text: str) -> int:
+def places(text: str) -> int:
+    """How many replies may be in progress at once."""
     return _whole(text, 1, 192)
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """A port; 0 = any that is free."""
     return _whole(text, 0, 65535)
 
 
@@ -286,7 +303,7 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else _whole(text, 0, 10_000)
 
 
-def _one_of(*names: str) -> Callable[[str], str]:
+def one_of(*names: str) -> Callable[[str], str]:
     """argparse checks `choices` for flags, and not for the environment; a type is checked for both."""
 
     def check(text: str) -> str:
@@ -297,14 +314,15 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return check
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """How long something may take, a day at most."""
     try:
-        seconds = float(text)
+        given = float(text)
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86_400:
+        given = -1.0
+    if not 0 <= given <= 86_400:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return seconds
+    return given
 
 
 def _whole(text: str, least: int, most: int) -> int:

@@ -106,13 +106,20 @@ class InProcess:
 class Process:
     """`stillhouse serve …` in a process of its own, as a user starts it."""
 
-    def __init__(self, *flags: str, step_s: float = 0.0, more: str = "", model: str = "echo") -> None:
+    def __init__(
+        self,
+        *flags: str,
+        step_s: float = 0.0,
+        more: str = "",
+        model: str = "echo",
+        command: tuple[str, ...] = ("serve",),
+    ) -> None:
         start = ["-c", SLOW.format(step_s=step_s, more=more)] if step_s or more else ["-m", "stillhouse"]
         self.lines: list[str] = []  # of stderr
         self.url = ""
         self._announced = threading.Event()
         self.popen = subprocess.Popen(
-            [sys.executable, *start, "serve", model, "--port", "0", *flags],
+            [sys.executable, *start, *command, model, "--port", "0", *flags],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,

@@ -10,10 +10,12 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cluster_ranks import Cluster
 
 from stillhouse.backends.base import (
     Backend,
@@ -22,6 +24,7 @@ from stillhouse.backends.base import (
     Force,
     GenerationRequest,
     Load,
+    LoadOptions,
     Only,
     PromptTooLong,
     Sampling,
@@ -29,8 +32,10 @@ from stillhouse.backends.base import (
     Token,
     Wish,
 )
+from stillhouse.backends.cluster_ranks import Ranks
 from stillhouse.backends.echo import Echo
 from stillhouse.backends.engine import Engine
+from stillhouse.backends.open import open_ranks
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = ("The sea is", "Once upon a time", "One, two, three, four", "My favourite food is")
@@ -39,7 +44,10 @@ CONTEXT = 1024
 SMOLLM2 = pytest.param("smollm2", marks=pytest.mark.slow)
 
 
-@pytest.fixture(params=["echo", "llama.cpp", "pytorch", "mlx", SMOLLM2])
+RANKS = pytest.param("ranks", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["echo", "llama.cpp", "pytorch", "mlx", RANKS, SMOLLM2])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each of them, with the same context and as many places. A new backend is a line more."""
     if request.param == "echo":
@@ -47,11 +55,24 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param in ("pytorch", "mlx"):
         open_checkpoint, folder = map(request.getfixturevalue, ("open_checkpoint", "checkpoint_path"))
         return open_checkpoint(request.param, folder, context=CONTEXT, parallel=PLACES)
+    if request.param == "ranks":
+        ranks, folder = map(request.getfixturevalue, ("two_ranks", "checkpoint_path"))
+        ranks.clear()
+        return Unclosed(open_ranks([folder / "model.safetensors"], LoadOptions(parallel=PLACES), ranks).backend)
     open_llama = request.getfixturevalue("open_llama")
     if request.param == "llama.cpp":
         return Unclosed(open_llama(request.getfixturevalue("random_path"), context=CONTEXT, parallel=PLACES))
     path = request.getfixturevalue("smollm2_path")
     return Unclosed(open_llama(path, context=CONTEXT, parallel=PLACES, threads=2))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(checkpoint_path: Path) -> Iterator[Ranks]:
+    """The same model as MLX's, on two ranks."""
+    pytest.importorskip("mlx_lm", reason='MLX is not installed: pip install "stillhouse[mlx]"')
+    cluster = Cluster(checkpoint_path, 2, "tensor", context=CONTEXT)
+    yield Ranks(cluster.wires, epoch=1, ready=cluster.said)
+    cluster.close()
 
 
 class Unclosed:

@@ -45,7 +45,8 @@ CASES = {  # size, memory, link -> the way to take, and what is said of the othe
         "replicas",
         {"tensor": "divided among 3; they can among 1, 2, 4"},
     ),
-    "a Llama": ("70b", [36] * 4, "tensor", {"pipeline": "mlx-lm can't split a Llama by layers"}),
+    "a Llama": ("70b", [36] * 4, "tensor", {"single": "no host has", "pipeline": ""}),
+    "more hosts than layers": ("1.5b", [16] * 30, "replicas", {"pipeline": "it has 28 layers"}),
     "three that must share": ("32b", [16] * 3, "pipeline", {"tensor": "8 KV heads can't be divided among 3"}),
     "one of them is small": ("7b", [32, 4], "single", {"replicas": "1 of 2 hosts have not"}),
 }

@@ -21,7 +21,7 @@ import pytest
 from cluster_ranks import KEY, Cluster, open_cluster, start_rank
 from stepping import GREEDY, LONG, cached, ids, reply
 
-from stillhouse.backends.base import BackendFailed, GenerationRequest, LoadOptions, PromptTooLong, Sampling
+from stillhouse.backends.base import BackendFailed, GenerationRequest, LoadOptions, Sampling
 from stillhouse.backends.checkpoint import read_checkpoint
 from stillhouse.backends.cluster_rank import BAD, FAILED, LOST, STOPPED, Rank, Spec
 from stillhouse.backends.cluster_ranks import Ranks
@@ -87,13 +87,13 @@ def _quantize(folder: Path, to: Path, bits: int) -> Path:
 )
 def test_ranks_say_what_one_process_says(write, architecture, bits, strategy, ranks):
     folder = write(architecture, bits)
-    length = 16 if ranks < 4 else 8
+    few = ranks > 2  # ranks that share two cores wait for one another most of the time
     alone = open_backend([folder / "model.safetensors"], LoadOptions(context=1024, backend="mlx")).backend
     cluster, backend = open_cluster(folder, ranks, strategy)
     try:
-        for prompt in PROMPTS[: 3 if ranks < 4 else 1]:
+        for prompt in PROMPTS[1:2] if few else PROMPTS:
+            length = 8 if few else 16
             assert ids(reply(backend, prompt, length)) == ids(reply(alone, prompt, length))
-        assert cached(reply(backend, LONG, 1)) == len(LONG) - 1
         backend.close()
         assert [process.wait(5) for process in cluster.processes] == [STOPPED] * ranks
     finally:
@@ -506,37 +506,40 @@ def test_a_step_may_take_four_times_as_long_as_one_before_it(play):
 
 @pytest.mark.slow
 @needs_mlx
-@pytest.mark.parametrize(
-    ("sign", "words"),
-    [(signal.SIGKILL, "rank 1 of 2 ended"), (signal.SIGSTOP, "rank 1 of 2 said nothing for 2.5 s")],
-    ids=["SIGKILL", "SIGSTOP"],
-)
-def test_a_rank_that_falls_is_told_within_five_seconds_and_new_ones_go_on(checkpoint_path, sign, words):
-    cluster, backend = open_cluster(checkpoint_path, 2)
+def test_a_rank_that_falls_is_told_within_five_seconds_and_new_ones_go_on(checkpoint_path):
+    first, backend = open_cluster(checkpoint_path, 2)
     second = None
     try:
         said = ids(reply(backend, LONG, 8))
         engine = Engine(backend)
-        stream = engine.generate([GenerationRequest("1", [1, 2, 3], 900, GREEDY, ignore_eos=True)])
-        next(stream)
-        cluster.processes[1].send_signal(sign)
-        started = time.monotonic()
-        with pytest.raises(BackendFailed, match=words):
-            for _ in stream:
-                pass
-        assert time.monotonic() - started < 5
-        assert cluster.processes[0].wait(5) in (FAILED, LOST)
+        fell = _fall(engine, first, signal.SIGKILL)
+        assert fell.startswith("rank 1 of 2 ended")
         second = Cluster(checkpoint_path, 2, "tensor", context=1024)
         ranks = Ranks(second.wires, epoch=1, ready=second.said)
         engine.between_steps(lambda backend: backend.renew(ranks))  # pyright: ignore[reportAttributeAccessIssue]
         prompt = backend.vocabulary.encode(LONG)
         again = list(engine.generate([GenerationRequest("2", prompt, 8, GREEDY, ignore_eos=True)]))
         assert (ids(again), cached(again)) == (said, 0)
+        assert _fall(engine, second, signal.SIGSTOP) == "rank 1 of 2 said nothing for 2.5 s"
         engine.close()
     finally:
-        for one in (cluster, second):
+        for one in (first, second):
             if one is not None:
                 one.close()
+
+
+def _fall(engine: Engine, cluster: Cluster, sign: signal.Signals) -> str:
+    """Send rank 1 a signal while a reply is written; what that reply's caller hears, and the other rank ends."""
+    stream = engine.generate([GenerationRequest("1", [1, 2, 3], 900, GREEDY, ignore_eos=True)])
+    next(stream)
+    cluster.processes[1].send_signal(sign)
+    started = time.monotonic()
+    with pytest.raises(BackendFailed) as told:
+        for _ in stream:
+            pass
+    assert time.monotonic() - started < 5
+    assert cluster.processes[0].wait(5) in (FAILED, LOST)
+    return told.value.message
 
 
 @pytest.mark.slow
@@ -569,7 +572,7 @@ def test_a_thousand_random_requests_leave_two_ranks_at_work(checkpoint_path):
         prompt = [draw.randrange(256) for _ in range(length)] if draw.random() < 0.7 else list(range(length))
         return GenerationRequest(
             str(number),
-            prompt if draw.random() < 0.98 else [10**7],
+            prompt if draw.random() < 0.98 else [10**7],  # MLX itself would look beyond the table's end
             draw.choice([0, 1, 2, 5, 10]),
             sampling,
             draw.choice([None, 0, 3]),
@@ -588,7 +591,7 @@ def test_a_thousand_random_requests_leave_two_ranks_at_work(checkpoint_path):
                     if heard == leave_after:
                         end = "left"
                         break
-            except (PromptTooLong, BackendFailed, ValueError, IndexError):
+            except UserError:
                 end = "refused"
             with lock:
                 ended[end] += 1

@@ -190,6 +190,19 @@ def test_the_plist_says_what_launchd_reads():
     assert (job["KeepAlive"], job["ExitTimeOut"] > 30) == ({"SuccessfulExit": False}, True)
 
 
+def test_the_plist_of_a_node_starts_one():
+    """Its command is one that the command line takes, and it may be gone before ranks would have to be killed."""
+    job = plistlib.loads((DEPLOY / "launchd/com.stillhouse.node.plist").read_bytes())
+    program, *arguments = job["ProgramArguments"]
+    assert program == "/opt/stillhouse/bin/stillhouse"
+    assert (job["KeepAlive"], job["ExitTimeOut"] >= 10) == ({"SuccessfulExit": False}, True)
+    done = subprocess.run([sys.executable, "-m", "stillhouse", *arguments], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2,
+        "error: there is no key file /var/stillhouse/cluster.key",
+    )
+
+
 # Proxies
 
 

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -84,12 +85,22 @@ def test_the_api_page_names_every_error_code():
     assert len(codes) > 8 and not {code for code in codes if isinstance(code, str)} - words
 
 
+class _Ranks:
+    """A cluster's table, as far as metrics read it."""
+
+    def table(self) -> dict[str, Any]:
+        rank = {"rank": 0, "host": "here", "up": True}
+        return {"groups": [{"group": 0, "epoch": 1, "last_step_age_s": 0.5, "ranks": [rank]}]}
+
+
 def test_the_api_page_names_every_metric_and_no_other():
     metrics, engine = Metrics(), Engine(Echo())
     metrics.serve("echo", engine)
     upstream = Metrics()
     upstream.serve_upstreams("echo", Upstreams([Upstream("http://x", model=None, key=None, silence_s=1)], 1))
-    page = metrics.page().decode() + upstream.page().decode()
+    cluster = Metrics()
+    cluster.serve_cluster("echo", _Ranks())
+    page = metrics.page().decode() + upstream.page().decode() + cluster.page().decode()
     engine.close()
     real = {name for name in re.findall(r"^# TYPE (\w+)", page, re.MULTILINE) if not name.endswith("_created")}
     told = set(re.findall(r"r1_\w+", _read("docs/api.md")))
@@ -101,6 +112,7 @@ def test_the_operations_page_names_every_flag():
     parser = argparse.ArgumentParser(add_help=False)
     settings.add_model_flags(parser)
     settings.add_server_flags(parser)
+    settings.add_upstream_flags(parser)
     real = set(re.findall(r"(?<!\w)--[a-z-]+", parser.format_help()))
     assert not real - set(re.findall(r"`(--[a-z-]+)`", _read("docs/operations.md")))
 
@@ -109,6 +121,7 @@ def test_the_operations_page_tells_the_real_defaults():
     page, parser = _read("docs/operations.md"), argparse.ArgumentParser()
     settings.add_model_flags(parser)
     settings.add_server_flags(parser)
+    settings.add_upstream_flags(parser)
     given = vars(parser.parse_args([]))
     for flag in ("parallel", "kv_type", "batch_tokens", "host", "port", "max_body", "max_waiting", "grace"):
         (told,) = re.findall(rf"^\| `--{flag.replace('_', '-')}` \| `?([^`|]+?)`? \|", page, re.MULTILINE)

@@ -79,7 +79,11 @@ def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> Ba
         )
     shape = Shape(header.architecture, header.block_count, header.head_counts[0], header.kv_head_counts[0])
     tensors = dict(read_tensors(paths))
-    module = _module(header, tensors).to(dtype)
+    module = _module(header, tensors)
+    rotary: Any = module.get_submodule("model.rotary_emb")
+    frequencies = rotary.inv_freq
+    module.to(dtype)
+    rotary.inv_freq = frequencies  # angles in 16 bits would be wrong by more the further a token is
     for name, weights in module.named_parameters():
         if "norm" in name and dtype.itemsize < 4:  # as llama.cpp has them; they are few
             weights.data = weights.data.float()
@@ -90,7 +94,6 @@ def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> Ba
         raise BadModelFile(f"{paths[0].name} does not have the tensors of a {shape.architecture} model: {names}")
     module.tie_weights()  # pyright: ignore[reportCallIssue] - transformers'
     if "rope_freqs.weight" in tensors:  # Llama 3.1's way to reach further; in the file it is a table of divisors
-        rotary: Any = module.get_submodule("model.rotary_emb")
         rotary.inv_freq = rotary.inv_freq / torch.from_numpy(tensors["rope_freqs.weight"])
     module.requires_grad_(False)
     parameters = sum(part.parameters for part in headers)
