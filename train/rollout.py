@@ -36,6 +36,7 @@ _KL_STOP: dict[Weights, float] = {
     "live": 1e-5,
     "live bf16": 0.01,
 }  # nats a token
+_KINDS: dict[str, Literal["F32", "F16", "BF16"]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _ADAPTER = "adapter.gguf"
 _PROMPT_TOKENS = 512  # room where nobody knows the prompts
 
@@ -174,7 +175,7 @@ def open_rollouts(
         mark = fingerprint([read_header(path) for path in paths])
         copy = folder / f"rollout-{mark}-{wanted}.gguf"
         if not copy.exists():
-            copy_model(paths, copy, wanted.upper())
+            copy_model(paths, copy, _KINDS[wanted])
         paths = (copy,)
     context = min((config.prompt_tokens or _PROMPT_TOKENS) + max_tokens, header.context_length or 1 << 30)
     opened = open_backend(
