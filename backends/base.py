@@ -157,6 +157,7 @@ class LoadOptions:
     dtype: str = "auto"  # what PyTorch computes in: auto, f32, bf16, f16
     trust_remote_code: bool = False  # run Python files that come with a checkpoint
     allow_pickle: bool = False  # load weights from files that can hold programs (PyTorch's .bin)
+    stored_bytes: int | None = None  # of prefixes in RAM behind the KV cache; None = by what is free
     steady: bool = False  # how prompts are cut does not depend on the machine's speed: the same bits every time
 
 

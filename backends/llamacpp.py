@@ -72,7 +72,12 @@ class LlamaCpp:
         self.vocabulary = LlamaVocabulary(self._model)
         self._shortlist = Shortlist(self.vocabulary.size)
         self._cache = LlamaCache(
-            self._context, self._model, sequences, fitted.cache_tokens, partitioned=fitted.partitioned
+            self._context,
+            self._model,
+            sequences,
+            fitted.cache_tokens,
+            partitioned=fitted.partitioned,
+            stored_bytes=options.stored_bytes,
         )
         self._steady = options.steady
         self._batch = Batch(options.batch_tokens)

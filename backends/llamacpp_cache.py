@@ -38,13 +38,21 @@ class LlamaCache:
     """The sequences of one context."""
 
     def __init__(
-        self, context: C.llama_context_p, model: C.llama_model_p, sequences: int, cells: int, *, partitioned: bool
+        self,
+        context: C.llama_context_p,
+        model: C.llama_model_p,
+        sequences: int,
+        cells: int,
+        *,
+        partitioned: bool,
+        stored_bytes: int | None = None,
     ) -> None:
         self._context = context
         self._partitioned = partitioned
         self._memory = C.llama_get_memory(context)
         self._cache = KVCache(sequences, cells)
-        self._store = PrefixStore(min(_MOST_STORED, machine.free_memory() // 8))
+        most = min(_MOST_STORED, machine.free_memory() // 8)
+        self._store = PrefixStore(most if stored_bytes is None else stored_bytes)
         # The state of recurrent layers cannot be cut back to a prefix.
         self.reuses = not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
         heads = C.llama_model_n_layer(model) * C.llama_model_n_head(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,21 @@ def physical_cores() -> int:
     """Cores that a compute thread each is worth: hyper-threads count once, and only those we may run on."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def release_helpers() -> None:
+    """Send away the OpenMP helpers of the calling thread; they come back when it computes the next time.
+
+    Two threads that compute in turn (a trainer's and an engine's) have helpers each. With more of them than cores GNU's
+    library has all of them sleep at every barrier instead of waiting, and a step of llama.cpp has thousands.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        pause = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).omp_pause_resource_all
+    except (OSError, AttributeError):  # another library, or an old one
+        return
+    pause(2)  # omp_pause_hard
 
 
 def free_memory() -> int:

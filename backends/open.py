@@ -100,6 +100,16 @@ def open_vocabulary(paths: Sequence[Path]) -> Words:
     return Words(vocabulary, header.chat_template, *vocabulary.boundary_texts())
 
 
+def open_module(module: Any, words: Words, *, context: int, parallel: int) -> Opened:
+    """A PyTorch module that stays the caller's, who may train it between requests; the same bits every time."""
+    try:
+        from .pytorch import PyTorch
+    except ImportError as error:
+        raise UserError(f"PyTorch cannot be loaded: {error}", INSTALL["pytorch"]) from None
+    backend = PyTorch(module, words.vocabulary, context=context, parallel=parallel, steady=True)
+    return Opened(backend, words.chat_template, words.begin_text, words.end_text, "the module is in memory")
+
+
 def open_scorer(paths: Sequence[Path], options: LoadOptions, *, context: int) -> Scorer:
     """Load a model to read texts of at most `context` tokens with: a GGUF file, or a checkpoint's safetensors."""
     if not paths:

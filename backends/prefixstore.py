@@ -22,7 +22,7 @@ class Stored(NamedTuple):
 
 
 class PrefixStore:
-    """Sequences by their tokens, least recently used first, up to a number of bytes.
+    """Sequences by their tokens, least recently used first, up to a number of bytes; 0 keeps nothing.
 
     Their tokens' bytes are kept in order. What shares most with a prompt's start is then one of the prompt's two
     neighbours, however many there are; and since no entry begins with another, so is what a new one begins with.
@@ -37,6 +37,8 @@ class PrefixStore:
 
     def put(self, tokens: array[int], save: Callable[[], Any]) -> None:
         """Keep a sequence, unless a stored one begins with it; `save` is only called if it is wanted."""
+        if not self._most:
+            return
         key = tokens.tobytes()
         before, after = self._neighbours(key)
         if after is not None and after.startswith(key):

@@ -75,7 +75,7 @@ class PyTorch:
 
         While nothing is asked of it the module may be trained: prefixes that were read with other weights are not
         used again. `own`: nobody else uses the module, and it may be rearranged. `steady`: how prompts are cut does not
-        depend on the machine's speed. Raises `BadModelFile`.
+        depend on the machine's speed, and no prefix is kept beside the cache. Raises `BadModelFile`.
         """
         self._module = module
         self._decoder = Decoder(module, own=own)
@@ -90,7 +90,7 @@ class PyTorch:
             self._cells = -(-(context + 1) // _CELLS) * _CELLS
             self._decoder.prepare(self._cells)
             tensors = self._decoder.new_cache(parallel, self._cells)
-        self._cache = TorchCache(tensors, context)
+        self._cache = TorchCache(tensors, context, stored_bytes=0 if steady else None)
         self._graphs = Graphs(self._decoder, tensors) if own and self._decoder.device.type == "cuda" else None
         self._batch_tokens = max(batch_tokens, parallel + 1)
         self._pace = Pace(batch_tokens)

@@ -35,11 +35,12 @@ class _Saved:
 class TorchCache:
     """The sequences of one cache."""
 
-    def __init__(self, cache: Cache, context: int) -> None:
+    def __init__(self, cache: Cache, context: int, *, stored_bytes: int | None = None) -> None:
         self.tensors = cache
         places = cache.keys.shape[1]
         self._cache = KVCache(places, places * context)
-        self._store = PrefixStore(min(_MOST_STORED, machine.free_memory() // 8))
+        most = min(_MOST_STORED, machine.free_memory() // 8)
+        self._store = PrefixStore(most if stored_bytes is None else stored_bytes)
 
     @property
     def cells(self) -> int:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from stillhouse.train.config import RunConfig, load_config
 from stillhouse.train.tasks import messages, open_task
@@ -42,24 +43,33 @@ def configure(arguments: argparse.Namespace, folder: Path) -> RunConfig:
             "grpo.max_tokens": arguments.tokens,
             "grpo.dynamic_sampling": False,
             "rollout.threads": arguments.threads,
+            "rollout.engine": arguments.engine,
+            "rollout.weights": arguments.weights,
             "rewards": {f"{folder}/reward.py:vowels": 1.0},
         }
     )
 
 
-def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Steps of `stillhouse train grpo`."""
+    import torch
+
     from stillhouse.train.grpo import open_run
 
-    run = open_run(configure(arguments, folder))
+    torch.set_num_threads(arguments.threads)
+    run = open_run(configure(arguments, folder), report=lambda words: print(words, file=sys.stderr))
     seconds, records = [], []
     for _ in range(arguments.steps + 1):
         started = time.perf_counter()
         records.append(run.step())
         seconds.append(time.perf_counter() - started)
     run.close()
-    told = {name: statistics.mean(it[name] for it in records[1:]) for name in ("rollout_s", "update_s", "tokens")}
-    return told | {"step_s": statistics.mean(seconds[1:]), "peak_gb": peak_memory() / 1e9}
+    told = {
+        name: statistics.mean(it[name] for it in records[1:])
+        for name in ("rollout_s", "update_s", "tokens", "mismatch_kl")
+    }
+    peaks = [round(it["peak_gb"], 2) for it in records]
+    return told | {"step_s": statistics.mean(seconds[1:]), "peak_gb": peak_memory() / 1e9, "peaks_gb": peaks}
 
 
 def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -132,6 +142,7 @@ def rollouts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     import torch
     import transformers
 
+    from stillhouse.backends import machine
     from stillhouse.backends.base import GenerationRequest
     from stillhouse.train.basemodel import read_base
     from stillhouse.train.rollout import find_model, open_rollouts
@@ -156,7 +167,9 @@ def rollouts(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
             GenerationRequest(f"{turn}-{n}", prompt_ids, tokens, top_logprobs=0, ignore_eos=True)
             for n in range(replies)
         ]
+        machine.release_helpers()  # as `Rollouts.draw` does
         drawn = sum(1 for _ in drawing.engine.generate(asked))
+        drawing.engine.between_steps(lambda _: machine.release_helpers())
         rates["llama.cpp"].append(drawn / (time.perf_counter() - started))
         started = time.perf_counter()
         with torch.no_grad():
@@ -180,6 +193,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=54)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--engine", choices=("llama.cpp", "pytorch", "auto"), default="llama.cpp")
+    parser.add_argument("--weights", choices=("auto", "f16", "bf16", "f32", "served"), default="auto")
     arguments = parser.parse_args()
     if arguments.arm:
         with tempfile.TemporaryDirectory() as folder:

@@ -54,6 +54,12 @@ def test_what_a_stored_sequence_begins_with_is_not_even_saved():
     assert [entry.tokens for entry in entries(store)] == [tokens(1, 2, 3)]
 
 
+def test_a_store_of_no_bytes_saves_nothing():
+    store = PrefixStore(0)
+    store.put(tokens(1, 2), lambda: pytest.fail("it was copied for nothing"))
+    assert not list(entries(store))
+
+
 @pytest.mark.parametrize("touched", [False, True])
 def test_the_least_recently_used_goes_first(touched):
     store = PrefixStore(25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch: pip install 'stillhouse[train]'")
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 
+from stillhouse.backends import machine  # noqa: E402 - only where torch is
 from stillhouse.backends.base import GenerationRequest  # noqa: E402 - only where torch is
 from stillhouse.backends.engine import Engine  # noqa: E402
 from stillhouse.r1.errors import UserError  # noqa: E402
@@ -298,6 +300,27 @@ def test_mlx_finds_every_layer_the_other_way_round(model_paths, tmp_path):
     assert config["lora_parameters"]["scale"] == 2.0 and "self_attn.q_proj" in config["lora_parameters"]["keys"]
 
 
+def test_mlx_lm_says_with_the_exported_adapter_what_the_trainer_says(model_paths, tmp_path):
+    mx = pytest.importorskip("mlx.core", reason="compares with mlx-lm: pip install 'mlx[cpu]' mlx-lm")
+    utils = pytest.importorskip("mlx_lm.utils", reason="compares with mlx-lm: pip install mlx-lm")
+    policy = make_policy(model_paths["llama"])
+    export.save_mlx(adapter_of(policy), tmp_path / "mlx")
+    read_base((model_paths["llama"],)).module.save_pretrained(tmp_path / "base")
+    model, _ = utils.load_model(tmp_path / "base")
+    model = utils.load_adapters(model, str(tmp_path / "mlx"))
+    group = some_groups()[0]
+    row = [*group.prompt_ids, *group.replies[2]]
+    logits = torch.from_numpy(np.array(model(mx.array([row]))[0].astype(mx.float32)))
+    theirs = torch.log_softmax(logits[len(group.prompt_ids) - 1 : -1], -1)
+    theirs = theirs.gather(-1, torch.tensor(group.replies[2])[:, None])[:, 0]
+    with torch.no_grad():
+        ours = policy.score([Group(group.prompt_ids, [group.replies[2]])]).logp[0]
+        with policy.reference():
+            bare = policy.score([Group(group.prompt_ids, [group.replies[2]])]).logp[0]
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
+    assert not torch.allclose(bare, theirs, rtol=0, atol=1e-2)
+
+
 def test_an_adapter_of_another_model_is_refused(model_paths, tmp_path):
     adapter = adapter_of(make_policy(model_paths["llama"]))
     with pytest.raises(UserError, match="has other weights"):
@@ -338,3 +361,27 @@ def test_a_copy_in_other_types_is_the_same_model(model_paths, tmp_path):
 def test_what_is_not_a_gguf_of_a_known_architecture_is_told(tmp_path, random_model):
     with pytest.raises(UserError, match="not a GGUF file"):
         read_base((tmp_path / "model.safetensors",))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts its threads in Linux's /proc")
+def test_a_threads_helpers_go_when_they_are_sent_away():
+    """A trainer and an engine that compute in turn would otherwise slow each other down."""
+    if "libgomp" not in Path("/proc/self/maps").read_text():
+        pytest.skip("this torch computes with another library than GNU's")
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.ones(1 << 20).exp()
+        busy = threads()
+        machine.release_helpers()
+        deadline = time.monotonic() + 5
+        while threads() > busy - 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threads() <= busy - 2
+        assert float(torch.ones(1 << 20).sum()) == 1 << 20  # and come back
+    finally:
+        torch.set_num_threads(before)

@@ -54,6 +54,22 @@ def test_a_file_is_split_and_nothing_is_on_both_sides(tmp_path):
     assert {item.question for item in other.held_out} != held_out
 
 
+def test_a_parquet_file_is_read_like_lines_of_json(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet files need pyarrow: pip install pyarrow")
+    import pyarrow
+
+    rows = [{"prompt": f"what is {n}?", "answer": n, "lang": "en"} for n in range(20)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    write_rows(tmp_path / "data.jsonl", rows)
+    one, other = (
+        open_task(TaskConfig(name=str(tmp_path / f"data.{kind}"), held_out_size=5)) for kind in ("parquet", "jsonl")
+    )
+    assert [(item.prompt, item.columns) for item in one.train] == [(item.prompt, item.columns) for item in other.train]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match=r"bad\.parquet cannot be read"):
+        open_task(TaskConfig(name=str(tmp_path / "bad.parquet")))
+
+
 def test_a_question_of_the_held_out_file_is_not_trained_on(tmp_path):
     train = write_rows(tmp_path / "a.jsonl", [{"prompt": "1?", "answer": 1}, {"prompt": "2?", "answer": 2}])
     test = write_rows(tmp_path / "b.jsonl", [{"question": "2?", "solution": 2}])
@@ -275,3 +291,39 @@ def test_a_reward_that_fails_is_told_by_its_name(monkeypatch, function, words):
 def test_a_row_without_an_answer_is_told():
     with pytest.raises(RewardFailed, match="needs `answer`, and item row 1 has none"):
         Rewards({"accuracy": 1.0})(asked("x", "y", columns=[{"answer": 1}, {}]))
+
+
+# A learned reward
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"])
+def test_a_sequence_classifier_rewards_each_reply_as_if_it_were_alone(tmp_path, template):
+    """Texts of different lengths go through it together; its first logit counts."""
+    torch = pytest.importorskip("torch", reason="a reward model needs torch: pip install 'stillhouse[train]'")
+    transformers = pytest.importorskip("transformers", reason="a reward model needs transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "what", "is", "it", "user", "assistant", "good", "bad", "very"]
+    plain = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>")
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(tmp_path / "judge")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(words), num_labels=2, pad_token_id=0, **sizes)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "judge")
+    replies = [" good", " very very very bad", " it"]
+    told = part(f"model:{tmp_path / 'judge'}", *replies, prompts=["what is it"] * 3)
+    for reply, reward in zip(replies, told, strict=True):
+        text = f"user what is it assistant{reply}" if template else f"what is it{reply}"
+        ids = torch.tensor([[words.index(word) for word in text.split()]])
+        with torch.no_grad():
+            assert reward == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-5)
+    assert len(set(told)) == 3
+
+
+def test_a_reward_model_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="no reward model"):
+        find(f"model:{tmp_path}")

@@ -19,7 +19,7 @@ from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
 from stillhouse.train.probe import probe  # noqa: E402
 from stillhouse.train.rollout import Rollouts, find_model, open_rollouts  # noqa: E402
 from stillhouse.train.sft import run_sft  # noqa: E402
-from stillhouse.train.tasks import open_task  # noqa: E402
+from stillhouse.train.tasks import messages, open_task  # noqa: E402
 
 ENGINES = ("llama.cpp", "pytorch")
 REWARD = """
@@ -250,6 +250,25 @@ def test_an_engine_with_an_old_adapter_is_noticed(configure):
     run.close()
 
 
+def test_tensorboard_shows_every_step_once(configure, tmp_path):
+    board = pytest.importorskip("tensorboardX", reason="writes TensorBoard's files: pip install tensorboardX")
+    run = run_grpo(configure(**{"save.tensorboard": True, "grpo.steps": 2}), anyway=True, report=quiet)
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (run.folder.path / "tensorboard").iterdir()
+    data, at, shown = path.read_bytes(), 0, []
+    while at < len(data):  # length, checksum, event, checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        at += 16 + size
+    rewards = [(step, value) for tag, step, value in shown if tag == "grpo/reward"]
+    records = [record for record in run.folder.records() if record["kind"] == "grpo"]
+    assert rewards == [(record["step"], pytest.approx(record["reward"], rel=1e-6)) for record in records]
+    assert {"evaluation/pass_1", "grpo/entropy"} <= {tag for tag, _, _ in shown}
+    assert board
+
+
 def test_a_run_that_goes_wrong_goes_back_to_its_best(configure):
     """A guard that no step can please: after two strikes the best weights are back, and after three returns it ends."""
     said: list[str] = []
@@ -327,6 +346,14 @@ def test_a_probe_tells_what_there_is_to_learn(configure):
     assert verdict.useful > 0.5 and verdict.truncated > 0.5
     assert verdict.hopeless and "cut off at 8 tokens" in verdict.words
     assert verdict.update_s > 0 and "useful groups" in str(verdict)
+
+
+def test_there_is_room_for_the_longest_prompt_and_little_more(configure):
+    run = open_run(configure(**{"rollout.prompt_tokens": 0}), report=quiet)
+    longest = max(len(run.rollouts.ask(messages(item, run.config.task)).ids) for item in run.task.train)
+    room = run.rollouts.context - run.config.grpo.max_tokens
+    run.close()
+    assert longest < room <= 1.25 * longest + 1
 
 
 def test_a_prompt_that_does_not_fit_is_told(configure):

@@ -121,7 +121,10 @@ def fingerprint(headers: list[Header]) -> str:
 
 
 def copy_model(
-    paths: tuple[Path, ...], target: Path, kind: Literal["F32", "F16"], changed: Mapping[str, Weights] | None = None
+    paths: tuple[Path, ...],
+    target: Path,
+    kind: Literal["F32", "F16", "BF16"],
+    changed: Mapping[str, Weights] | None = None,
 ) -> None:
     """Write the model once more as one file with float weights; `changed` tensors take the place of theirs.
 
@@ -140,11 +143,14 @@ def copy_model(
                 continue
             inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(entry.name, entry.contents(), entry.types[0], inner)
-        writer.add_file_type(0 if kind == "F32" else 1)
+        writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
         for name, weights in read_tensors(paths):
             weights = changed[name] if changed and name in changed else weights
-            narrow = kind == "F16" and weights.ndim > 1
-            writer.add_tensor(name, weights.astype(np.float16 if narrow else np.float32))
+            if weights.ndim == 1 or kind == "F32":
+                writer.add_tensor(name, weights.astype(np.float32))
+            else:
+                stored = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor(name, gguf.quants.quantize(weights, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..r1.errors import UserError
+from .board import Board
 from .config import RunConfig, dump_config
 from .export import Adapter, check_belongs_to, load_peft, replace_folder, save_gguf, save_peft
 from .policy import Policy
@@ -41,6 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._board: Board | None = None
 
     def begin(self, config: RunConfig, *, resume: bool) -> None:
         """Make the folder, or find it again. Raises `UserError` rather than write over another run."""
@@ -54,10 +56,13 @@ class RunFolder:
             told.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise _unwritable(told, error) from None
+        self._board = Board(self.path) if config.save.tensorboard else None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add a line to the log."""
         self._append(_LOG, [record])
+        if self._board is not None:
+            self._board.add(record)
 
     def keep(self, completions: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to the completions."""

@@ -106,14 +106,14 @@ class RolloutConfig:
     """How replies are drawn."""
 
     engine: Literal["llama.cpp", "pytorch", "auto"] = "llama.cpp"  # pytorch: the live module; auto: try both
-    weights: Literal["auto", "f16", "f32", "served"] = "auto"  # auto: f16 up to a billion parameters, else as served
+    weights: Literal["auto", "f16", "bf16", "f32", "served"] = "auto"  # auto: f16 up to a billion, else served
     temperature: float = 1.0
     top_p: float = 1.0  # less would draw from another distribution than the one that is trained
     correction: Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "auto"
     cap: float = 2.0
     floor: float = 0.5
     kl_stop: float = 0.0  # engine and trainer differ by more: stop; 0 = by the type of the weights
-    prompt_tokens: int = 512  # room for a prompt
+    prompt_tokens: int = 0  # room for a prompt; 0 = for the longest there is
     parallel: int = 32  # replies in progress at once
     threads: int = 0  # 0 = the physical cores
 
@@ -146,6 +146,7 @@ class SaveConfig:
 
     every: int = 10  # steps
     keep: int = 2  # besides the best
+    tensorboard: bool = False  # write its files, too, into tensorboard/
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from .episodes import Episode, completions, describe, line
 from .evaluate import Evaluation, evaluate, form_of
 from .export import save_gguf
 from .learn import Learner
-from .live import open_fitting
+from .live import open_fitting, room_for
 from .loss import advantages
 from .policy import Policy
 from .rewards import Asked, Rewards, Scored
@@ -89,12 +89,17 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
         state = State(**restored.state)
     folder.forget_after(restored.step if restored else -1)
 
+    drawing = config.rollout
+    if not drawing.prompt_tokens:
+        asked = [messages(it, config.task) for it in (*task.train, *task.held_out)]
+        drawing = dataclasses.replace(drawing, prompt_tokens=room_for(paths, asked))
+
     def take(rollouts: Rollouts) -> None:
         rollouts.take(lambda path: save_gguf(adapter_of(policy), path))
 
     rollouts = open_fitting(
         policy,
-        config.rollout,
+        drawing,
         config.grpo.max_tokens,
         folder.path,
         take=take,

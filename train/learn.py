@@ -17,7 +17,7 @@ from .episodes import Episode
 from .loss import Correction, LossSettings, Totals, correction, effective_share, kl_terms, policy_loss
 from .policy import Group, Policy, micro_batches
 from .rollout import Reply
-from .update import clip_and_step, rate
+from .update import clip_and_step, give_back_memory, rate
 
 
 class Learned(NamedTuple):
@@ -61,6 +61,7 @@ class Learner:
                 olds[n] = old
             check_mismatch(sums.kl, self.kl_stop, step)
             gradient = clip_and_step(self.policy, self.optimizer, self.config.optimizer, lr, sums.loss)
+        give_back_memory()
         return Learned(sums.loss, gradient, sums.metrics())
 
     def _backward(

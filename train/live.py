@@ -6,6 +6,7 @@ faster depends on the machine; `auto` tries both on the run's own prompts. Knows
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import torch
 
 from ..backends.engine import Engine
-from ..backends.open import open_vocabulary
-from ..backends.pytorch import PyTorch
+from ..backends.open import Words, open_module, open_vocabulary
 from ..r1.errors import UserError
 from ..r1.gguf import read_header
+from ..r1.messages import Message
 from ..r1.prompt import ChatTemplate
 from .config import RolloutConfig
 from .learn import padded
@@ -25,6 +26,8 @@ from .loss import correction
 from .policy import Group, Policy
 from .rollout import Rollouts, end_of_turn, open_rollouts
 
+_COUNTED = 32  # prompts
+_SPARE = 1.25  # times what they have: another may have fewer letters and more tokens
 _TRIED = 2  # prompts
 _TRIED_REPLIES = 16  # to all of them
 _TRIED_TOKENS = 32  # a reply
@@ -47,12 +50,32 @@ def open_live(policy: Policy, config: RolloutConfig, max_tokens: int) -> Rollout
     paths = policy.base.paths
     header = read_header(paths[0])
     words = open_vocabulary(paths)
+    assert config.prompt_tokens
     context = min(config.prompt_tokens + max_tokens, header.context_length or 1 << 30)
-    backend = PyTorch(policy.base.module, words.vocabulary, context=context, parallel=config.parallel, steady=True)
-    template = ChatTemplate(words.chat_template, words.vocabulary.control, bos=words.begin_text, eos=words.end_text)
+    opened = open_module(policy.base.module, words, context=context, parallel=config.parallel)
+    template = template_of(words)
     end_id = end_of_turn(words.vocabulary, words.end_text)
     narrow = next(policy.base.module.parameters()).dtype.itemsize < 4
-    return Rollouts(Engine(backend), template, "live bf16" if narrow else "live", end_id, context)
+    return Rollouts(Engine(opened.backend), template, "live bf16" if narrow else "live", end_id, context)
+
+
+def template_of(words: Words) -> ChatTemplate:
+    """The chat template of a vocabulary's file."""
+    return ChatTemplate(words.chat_template, words.vocabulary.control, bos=words.begin_text, eos=words.end_text)
+
+
+def room_for(paths: Sequence[Path], conversations: Sequence[Sequence[Message]]) -> int:
+    """Tokens that the longest of some prompts has, and some to spare: only those with the most letters are counted."""
+    words = open_vocabulary(paths)
+    template = template_of(words)
+
+    def letters(conversation: Sequence[Message]) -> int:
+        return sum(len(str(message.content)) for message in conversation)
+
+    vocabulary = words.vocabulary
+    longest = sorted(conversations, key=letters)[-_COUNTED:]
+    counts = (len(template.render(it).encode(vocabulary.encode, vocabulary.bos_id)) for it in longest)
+    return math.ceil(max(counts) * _SPARE)
 
 
 def open_fitting(

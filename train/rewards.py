@@ -94,9 +94,16 @@ class Rewards:
 
 
 def find(name: str) -> Reward:
-    """A reward by its name here, as `file.py:function`, or as `package.module.function`. Raises `UserError`."""
+    """A reward by its name here, as `file.py:function`, `package.module.function` or `model:folder`.
+
+    Raises `UserError`.
+    """
     if name in REWARDS:
         return REWARDS[name]
+    if name.startswith("model:"):
+        from .rewardmodel import RewardModel
+
+        return RewardModel(name.removeprefix("model:"))
     try:
         if ":" in name:
             file, _, function = name.rpartition(":")
@@ -112,7 +119,8 @@ def find(name: str) -> Reward:
     except Exception as error:  # foreign code
         raise UserError(f"the reward {name} cannot be loaded: {error}") from None
     raise UserError(
-        f"there is no reward {name!r}", f"one of {', '.join(REWARDS)}; or file.py:function, or package.module.function"
+        f"there is no reward {name!r}",
+        f"one of {', '.join(REWARDS)}; file.py:function, package.module.function, model:folder",
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..backends import machine
 from ..backends.base import Backend, GenerationRequest, LoadOptions, Sampling, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import open_backend
@@ -25,16 +26,19 @@ from ..r1.messages import Message
 from ..r1.prompt import OPEN, ChatTemplate
 from .config import RolloutConfig
 
-Weights = Literal["f16", "f32", "served", "live", "live bf16"]  # live: the trainer's own
+Weights = Literal["f16", "bf16", "f32", "served", "live", "live bf16"]  # live: the trainer's own
 _SMALL = 1_000_000_000  # parameters; a float copy of more costs memory that a small machine has not
 _KL_STOP: dict[Weights, float] = {
     "f32": 1e-5,
     "f16": 1e-3,
+    "bf16": 0.01,
     "served": 0.05,
     "live": 1e-5,
     "live bf16": 0.01,
 }  # nats a token
+_KINDS: dict[str, Literal["F32", "F16", "BF16"]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _ADAPTER = "adapter.gguf"
+_PROMPT_TOKENS = 512  # room where nobody knows the prompts
 
 
 class Reply(NamedTuple):
@@ -114,11 +118,13 @@ class Rollouts:
                 name = str(self._numbers)
                 requests.append(GenerationRequest(name, prompt_ids, max_tokens, sampling, top_logprobs=0))
         drawn: dict[str, Reply] = {request.id: Reply([], [], "", False) for request in requests}
+        machine.release_helpers()
         for token in self.engine.generate(requests):
             reply = drawn[token.request_id]
             reply.ids.append(token.token_id)
             reply.logprobs.append(token.logprob if token.logprob is not None else float("nan"))
             drawn[token.request_id] = reply._replace(text=reply.text + token.text, truncated=token.finish == "length")
+        self.engine.between_steps(lambda _: machine.release_helpers())
         everything = [drawn[request.id] for request in requests]
         return [everything[n : n + replies] for n in range(0, len(everything), replies)]
 
@@ -169,9 +175,9 @@ def open_rollouts(
         mark = fingerprint([read_header(path) for path in paths])
         copy = folder / f"rollout-{mark}-{wanted}.gguf"
         if not copy.exists():
-            copy_model(paths, copy, "F32" if wanted == "f32" else "F16")
+            copy_model(paths, copy, _KINDS[wanted])
         paths = (copy,)
-    context = min(config.prompt_tokens + max_tokens, header.context_length or 1 << 30)
+    context = min((config.prompt_tokens or _PROMPT_TOKENS) + max_tokens, header.context_length or 1 << 30)
     opened = open_backend(
         paths,
         LoadOptions(
@@ -181,6 +187,7 @@ def open_rollouts(
             kv_type="f32" if wanted == "f32" else "f16",
             flash_attention=False if wanted == "f32" else None,
             threads=config.threads or None,
+            stored_bytes=0,  # the next adapter makes them worthless
             steady=True,
         ),
     )
