@@ -70,18 +70,19 @@ def serve() -> None:
     """From an empty folder, so that the checkout cannot be imported by accident."""
     assert "stillhouse serve" in say("--help")
     print("  ", say("--version").strip())
-    assert "smollm2:135m" in say("list")
+    assert {"smollm2:135m", "smollm2-think:135m"} <= set(say("list").split())
     assert "Q4_K_M" in say("quantize", "--help")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([PROGRAM, "serve", "--port", str(port), "--context", "1024"])
     try:
         until_ready(url, server)
-        question = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16, "seed": 1}
+        question = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 200, "seed": 1}
         reply = ask(f"{url}/v1/chat/completions", question, REPLY_S)
-        assert reply["choices"][0]["message"]["content"], reply
+        message = reply["choices"][0]["message"]
+        assert message["content"] and message["reasoning_content"], reply
         assert reply["usage"]["completion_tokens"] > 0, reply
-        print("   it says:", json.dumps(reply["choices"][0]["message"]["content"]))
+        print("   it says:", json.dumps(message["content"]))
         server.send_signal(signal.SIGTERM)
         assert server.wait(STOP_S) == 0, f"SIGTERM: exit code {server.returncode}"
     finally:

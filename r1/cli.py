@@ -81,7 +81,9 @@ def _list(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     embedded = catalog.embedded_file()
     if embedded is not None:
         size = embedded.stat().st_size
-        rows.append(_cells(catalog.DEFAULT_MODEL, size, "Q4_1", "gguf", str(embedded)))
+        rows += [
+            _cells(name, size, "Q4_1", "gguf", str(embedded)) for name in (catalog.DEFAULT_MODEL, catalog.BASE_MODEL)
+        ]
     if arguments.all:
         here = {row["name"] for row in rows}
         for model in catalog.MODELS:
@@ -151,6 +153,8 @@ def _file_facts(files: ModelFiles) -> list[tuple[str, str]]:
         rows += [("format", f"safetensors, {len(files.paths)} file(s)"), ("size", size_text(_bytes(files)))]
     if files.advice is not None:
         rows.append(("advice", f"temperature {files.advice.temperature}, top-p {files.advice.top_p}"))
+    if files.adapter is not None:
+        rows.append(("adapter", f"{files.adapter.name}, {size_text(files.adapter.stat().st_size)}: it thinks first"))
     rows.append(("source", files.source))
     rows += [("path" if n == 0 else "", str(path)) for n, path in enumerate(files.paths)]
     return rows

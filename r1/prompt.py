@@ -63,9 +63,11 @@ class Prompt:
 class ChatTemplate:
     """One model's way to write a conversation down."""
 
-    def __init__(self, source: str | None, control: Collection[str], *, bos: str = "", eos: str = "") -> None:
+    def __init__(
+        self, source: str | None, control: Collection[str], *, bos: str = "", eos: str = "", thinks: bool = False
+    ) -> None:
         self.is_r1 = all(turn in control for turn in (*_R1_TURNS, OPEN, CLOSE))
-        self.can_think = OPEN in control and CLOSE in control
+        self.can_think = thinks or (OPEN in control and CLOSE in control)  # some spell the tags with other tokens
         if source is None and self.is_r1:
             source = R1_TEMPLATE
         self.source = source

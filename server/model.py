@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..backends.base import Backend, LoadOptions, Vocabulary
 from ..backends.engine import Engine
@@ -67,11 +67,19 @@ def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_temp
     if name == ECHO:
         return serve_opened(ECHO, open_echo(options.parallel, options.context), source="built in", alias=alias)
     files: ModelFiles = resolve(name)
+    adapter = files.adapter if options.backend in ("auto", "llama.cpp") else None
+    if adapter and not options.loras:  # an adapter of the user's takes its place: it was trained without this one
+        options = replace(options, loras=((adapter, 1.0),))
     opened = open_backend(files.paths, options)
-    served = serve_opened(
-        files.name, opened, source=files.source, alias=alias, advice=files.advice, chat_template=chat_template
+    return serve_opened(
+        files.name,
+        opened,
+        source=files.source,
+        alias=alias,
+        advice=files.advice,
+        chat_template=chat_template,
+        thinks=bool(adapter) and options.loras == ((adapter, 1.0),),
     )
-    return served
 
 
 def serve_opened(
@@ -83,11 +91,16 @@ def serve_opened(
     advice: Advice | None = None,
     chat_template: str | None = None,
     start: Callable[[Backend], Engine | Replicas] = Engine,
+    thinks: bool = False,
 ) -> ServedModel:
     """Start the engine of a model that is in memory."""
     vocabulary = opened.backend.vocabulary
     template = ChatTemplate(
-        chat_template or opened.chat_template, vocabulary.control, bos=opened.begin_text, eos=opened.end_text
+        chat_template or opened.chat_template,
+        vocabulary.control,
+        bos=opened.begin_text,
+        eos=opened.end_text,
+        thinks=thinks,
     )
     return ServedModel(
         name=alias or name,

@@ -29,6 +29,7 @@ NAMES = {
     "bartowski/DeepSeek-R1-Distill-Qwen-7B-GGUF:IQ4_XS": "deepseek-r1:7b-iq4_xs",
     "smollm2": "smollm2:135m",
     "SmolLM2-135M-Instruct": "smollm2:135m",
+    "smollm2-think": "smollm2-think:135m",
 }
 
 
@@ -59,7 +60,7 @@ def test_a_typo_is_answered_with_the_nearest_name():
 
 
 def test_names_are_unique_and_every_name_finds_itself():
-    assert len({model.name for model in MODELS}) == len(MODELS) == 7
+    assert len({model.name for model in MODELS}) == len(MODELS) == 8
     for model in MODELS:
         for kind, _ in model.gb:
             choice = catalog.Choice(model, kind)
@@ -91,7 +92,7 @@ def test_parameters_follow_from_the_shapes(name):
 
 def test_file_sizes_fit_their_bits_per_weight():
     bits = {"IQ4_XS": 4.3, "Q4_0": 4.6, "Q4_K_M": 4.85, "Q5_K_M": 5.7, "Q6_K": 6.57, "Q8_0": 8.5}
-    for model in MODELS[:-1]:
+    for model in MODELS[:-2]:  # the last two are embedded
         for kind, gb in model.gb:
             assert gb * 8e9 / model.parameters == pytest.approx(bits[kind], rel=0.08), (model.name, kind)
 
@@ -120,6 +121,15 @@ def test_the_embedded_model_is_found_without_importing_its_package():
     )  # fmt: skip
     assert kv_bytes_per_token(header) == model.kv_bytes_per_token()
     assert path.stat().st_size == pytest.approx(model.size_bytes("Q4_1"), rel=0.01)
+
+
+def test_the_default_is_the_embedded_model_with_an_adapter_and_the_bare_one_has_a_name():
+    thinking, bare = find(catalog.DEFAULT_MODEL), find(catalog.BASE_MODEL)
+    assert thinking is not None and bare is not None and thinking.file == bare.file
+    assert (thinking.name, bare.name) == ("smollm2-think:135m", "smollm2:135m")
+    file = catalog.adapter_file(thinking.model)
+    assert file is not None and file.stat().st_size < 6_000_000 and catalog.adapter_file(bare.model) is None
+    assert read_header(file).architecture == "llama"
 
 
 VOCABULARY_ONLY = Path(__file__).parents[2] / "shared" / "models" / "r1-distill-qwen-7b-vocab.gguf"

@@ -580,3 +580,28 @@ def test_threads_do_not_outlive_a_service():
     with fixtures.in_process() as server:
         server.chat(plain("a"))
     assert within(5, lambda: threading.active_count() <= before)
+
+
+@pytest.mark.slow
+def test_the_default_model_thinks_and_answers_and_the_bare_one_has_no_thoughts():
+    def ask(server: Process, words: str, **more: object) -> dict:
+        body = {"messages": [{"role": "user", "content": words}], "max_tokens": 200, "temperature": 0, **more}
+        return httpx.post(f"{server.url}{CHAT}", json=body, timeout=120).json()["choices"][0]
+
+    flags = ("--threads", "1", "--context", "2048")
+    with Process(*flags, model="smollm2-think") as server:
+        for words in ("What is 4 + 5?", "hello"):
+            choice = ask(server, words)
+            said, thought = choice["message"]["content"], choice["message"]["reasoning_content"]
+            assert (
+                said.strip()
+                and thought.strip()
+                and choice["finish_reason"] == "stop"
+                and "think>" not in said + thought
+            )
+        silent = ask(server, "What is 4 + 5?", chat_template_kwargs={"enable_thinking": False})["message"]
+        assert silent["content"].strip() and not silent.get("reasoning_content")
+        (told,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert (told["id"], told["meta"]["thinks"]) == ("smollm2-think:135m", True)
+    with Process(*flags, model="smollm2") as server:
+        assert not ask(server, "What is 4 + 5?")["message"].get("reasoning_content")

@@ -141,6 +141,18 @@ def test_smollm2_gets_what_its_template_says(smollm2):
     assert smollm2.controls(ids) == [1, 2, 1, 2, 1]
 
 
+def test_a_model_that_thinks_without_tokens_for_it_can_be_told_not_to():
+    """An adapter taught it `<think>` as plain letters; nothing in the vocabulary says so."""
+    ends = {
+        thinks: ChatTemplate(CHATML, CHATML_CONTROL, thinks=thinks)
+        .render(HELLO, thinking=False)
+        .text.endswith("</think>\n\n")
+        for thinks in (True, False)
+    }
+    assert ends == {True: True, False: False}
+    assert ChatTemplate(CHATML, CHATML_CONTROL, thinks=True).render(HELLO).thinking == "unsaid"
+
+
 BEGINNINGS = {
     "the template writes one": ("{{ bos_token }}", 9),
     "the template writes none": ("", 9),

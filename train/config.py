@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from ..r1.catalog import DEFAULT_MODEL
+from ..r1.catalog import BASE_MODEL
 from ..r1.errors import UserError
 
 INSTRUCTION = "Think step by step inside <think></think>, then give only the final answer inside <answer></answer>."
@@ -26,7 +26,7 @@ INSTRUCTION = "Think step by step inside <think></think>, then give only the fin
 class ModelConfig:
     """The base model."""
 
-    name: str = DEFAULT_MODEL  # anything `stillhouse serve` takes that is a GGUF
+    name: str = BASE_MODEL  # anything `stillhouse serve` takes that is a GGUF
     dtype: Literal["f32", "bf16"] = "f32"  # of the frozen weights while training
     device: str = "auto"  # cpu, cuda, mps; auto: what there is
     checkpointing: bool = False  # recompute activations: less memory, a third more time

@@ -221,9 +221,9 @@ def find_model(name: str) -> tuple[tuple[Path, ...], Path | None]:
 
 
 def _files(name: str) -> tuple[Path, ...]:
-    from ..r1.catalog import DEFAULT_MODEL
+    from ..r1.catalog import BASE_MODEL
 
-    return resolve(DEFAULT_MODEL if name == "demo" else name).paths
+    return resolve(BASE_MODEL if name == "demo" else name).paths
 
 
 def _number(seed: str) -> int:
