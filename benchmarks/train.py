@@ -78,7 +78,8 @@ def trl(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     import torch
     import transformers
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from stillhouse.train.basemodel import read_base
     from stillhouse.train.rollout import find_model

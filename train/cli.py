@@ -194,7 +194,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     task = open_task(config.task)
     items = task.held_out[: arguments.items]
     base = find_model(f"{config.model.name}+{arguments.against}")[1] if arguments.against else None
-    compared = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
+    compared: dict[str, Path | None] = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
     if folder:
         compared[folder.name] = folder / "adapter.gguf"
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
