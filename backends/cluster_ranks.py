@@ -22,6 +22,7 @@ from .base import BackendFailed
 from .cluster_wire import Wire, WireBroken
 
 SILENT_S = 2.5  # a rank says twice a second that it lives
+_STOP_S = 2.0  # that ranks have to end in when they are told to
 _SETTLE_S = 0.2  # in which the others tell what they saw of a failure: who tells nothing is to blame
 
 
@@ -64,6 +65,7 @@ class Ranks:
         self._stall_s, self._first_s = stall_s, first_s
         self._slowest_s: dict[str, float] = {}  # a token, by kind of call
         self._step = 0
+        self._stopping = False
         self._pending: deque[list[Any]] = deque()
         self._exchanging = threading.Lock()
         self._changed = threading.Condition()
@@ -144,12 +146,15 @@ class Ranks:
         self._pending.append(["clear"])
 
     def close(self) -> None:
-        """Have the ranks end."""
+        """Have the ranks end, each by itself: one that is hung up on cannot tell that from a head that died."""
         with self._exchanging:
             if self.trouble is None:
+                self._stopping = True
                 for rank in self._ranks:
                     with suppress(UserError):
                         rank.wire.send({"epoch": self._epoch, "step": self._step + 1, "ops": [["stop"]]})
+                with self._changed:
+                    self._changed.wait_for(lambda: all(rank.gone for rank in self._ranks), _STOP_S)
             self._give_up("the cluster was stopped")
 
     # One message
@@ -218,7 +223,11 @@ class Ranks:
                     if rank.said is not None:
                         break
         except WireBroken as error:
-            rank.gone = error.message
+            with self._changed:
+                rank.gone = error.message
+                self._changed.notify_all()
+            if self._stopping:
+                return
         self.failed.wait(_SETTLE_S)
         self._give_up()
 

@@ -17,6 +17,8 @@ from typing import TypeVar
 
 from .base import Backend, BackendFailed, GenerationRequest, Load, Token
 
+_MOST_READ = 16  # prompts that wait to be read for nobody: under load there is no time for more
+
 Item = Token | Exception
 Result = TypeVar("Result")
 
@@ -53,6 +55,7 @@ class Engine:
         self.activity = Activity()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # of the requests in the backend; touched by the thread only
+        self._nobody = _Mailbox(lambda _: None)
         self._closing = False
         self._door = threading.Lock()  # whoever came in before it closed is heard
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -82,8 +85,8 @@ class Engine:
             self._recall(pending)
 
     def read(self, request: GenerationRequest) -> None:
-        """Have a prompt read into the KV cache; nobody waits for it."""
-        self._inbox.put(lambda: self._add(request, _Mailbox(lambda _: None)))
+        """Have a prompt read into the KV cache; nobody waits for it, and it is left out where many are to be read."""
+        self._inbox.put(lambda: self._read(request))
 
     def between_steps(self, job: Callable[[Backend], Result]) -> Result:
         """Have the engine's thread do something with its backend, and wait for it. Raises what the job raises."""
@@ -168,6 +171,10 @@ class Engine:
             _post({mailbox.loop: [(mailbox, error)]})
         else:
             self._mailboxes[request.id] = mailbox
+
+    def _read(self, request: GenerationRequest) -> None:
+        if sum(mailbox is self._nobody for mailbox in self._mailboxes.values()) < _MOST_READ:
+            self._add(request, self._nobody)
 
     def _cancel(self, request_id: str) -> None:
         if self._mailboxes.pop(request_id, None):

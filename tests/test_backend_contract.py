@@ -603,3 +603,30 @@ def run(backend: Backend) -> Sequence[Token]:
     while sum(backend.load()[:2]):
         tokens += backend.step()
     return tokens
+
+
+class Counts(Echo):
+    """An Echo that counts what it is given."""
+
+    added = 0
+
+    def add(self, request: GenerationRequest) -> None:
+        self.added += 1
+        super().add(request)
+
+
+def test_no_more_than_a_few_prompts_wait_to_be_read_for_nobody():
+    """Under load, reading ahead piled up for every conversation there had been."""
+    backend = Counts(parallel=2)
+    engine = Engine(backend)
+    is_held, free = threading.Event(), threading.Event()
+    held = threading.Thread(target=engine.between_steps, args=[lambda _: (is_held.set(), free.wait(10))])
+    held.start()
+    assert is_held.wait(10)
+    for number in range(100):
+        engine.read(GenerationRequest(f"ahead {number}", [1, 2, 3], 0, idle=True))
+    free.set()
+    held.join(10)
+    assert text(reply(engine)) == "The sea is"
+    assert backend.added == 16 + 1
+    engine.close()

@@ -164,6 +164,12 @@ def test_an_idle_cluster_notices_a_stopped_rank_by_itself(ready):
 def test_a_stranger_on_a_ring_port_during_the_start_changes_nothing_in_the_end(folder, monkeypatch):
     """MLX takes whoever connects first for the neighbour, and waits for ever: other ports are tried."""
     monkeypatch.setenv("STAND_IN", cluster_stand_in.REAL)
+    # Who comes first is chance: a neighbour may, and then that start proves nothing.
+    assert any(starts_anew_because_of_strangers(folder, monkeypatch) for _ in range(4))
+
+
+def starts_anew_because_of_strangers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Start two ranks on ports that strangers wait for: up within 30 s whether or not the strangers came first."""
     ports = free_ports(2)
     monkeypatch.setattr(cluster_group, "_PORTS", ports)
     head = Head(folder=str(folder), ready_s=30, options=LoadOptions(gpu_layers=0, context=512))
@@ -175,9 +181,9 @@ def test_a_stranger_on_a_ring_port_during_the_start_changes_nothing_in_the_end(f
         began = time.monotonic()
         head.up()
         assert time.monotonic() - began < 30
-        assert head.group.epoch == 2, "no stranger came first"
         before = head.group.table()["ranks"][0]["step"]
         assert within(5, lambda: head.group.table()["ranks"][1]["step"] > before)
+        return head.group.epoch > 1
     finally:
         over.set()
         head.close()
