@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..backends.base import Backend, LoadOptions, Vocabulary
 from ..backends.engine import Engine
 from ..backends.open import Opened, open_backend, open_echo
-from ..r1.catalog import R1_ADVICE, Advice
+from ..r1.catalog import BASE_MODEL, R1_ADVICE, Advice
 from ..r1.grammar import Grammars
 from ..r1.hub import ModelFiles, resolve
 from ..r1.prompt import ChatTemplate
@@ -67,18 +67,19 @@ def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_temp
     if name == ECHO:
         return serve_opened(ECHO, open_echo(options.parallel, options.context), source="built in", alias=alias)
     files: ModelFiles = resolve(name)
-    adapter = files.adapter if options.backend in ("auto", "llama.cpp") else None
-    if adapter and not options.loras:  # an adapter of the user's takes its place: it was trained without this one
-        options = replace(options, loras=((adapter, 1.0),))
+    # An adapter of the user's takes the place of the model's own: it was trained without that one.
+    thinks = files.adapter is not None and not options.loras and options.backend in ("auto", "llama.cpp")
+    if thinks and files.adapter:
+        options = replace(options, loras=((files.adapter, 1.0),))
     opened = open_backend(files.paths, options)
     return serve_opened(
-        files.name,
+        files.name if thinks or not files.adapter else BASE_MODEL,
         opened,
         source=files.source,
         alias=alias,
         advice=files.advice,
         chat_template=chat_template,
-        thinks=bool(adapter) and options.loras == ((adapter, 1.0),),
+        thinks=thinks,
     )
 
 
