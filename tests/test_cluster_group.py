@@ -75,8 +75,15 @@ def head():
 
 
 def children() -> list[psutil.Process]:
-    """Processes of the test that live, and theirs."""
-    return [it for it in psutil.Process().children(recursive=True) if it.status() != psutil.STATUS_ZOMBIE]
+    """Nodes and ranks of this file's that live; other tests may have left other processes."""
+    return [it for it in psutil.Process().children(recursive=True) if is_ours(it)]
+
+
+def is_ours(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and str(STAND_IN) in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_idle_group_proves_every_second_that_its_ranks_still_meet(head):
