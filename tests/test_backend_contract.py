@@ -66,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return Unclosed(open_llama(path, context=CONTEXT, parallel=PLACES, threads=2))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks(checkpoint_path: Path) -> Iterator[Ranks]:
     """The same model as MLX's, on two ranks."""
     pytest.importorskip("mlx_lm", reason='MLX is not installed: pip install "stillhouse[mlx]"')
