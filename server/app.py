@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse
 from .. import __version__
 from ..r1.errors import UserError
 from . import chat, completions, tokens
-from .cluster import Cluster
 from .errors import ApiError, as_api_error
 from .gate import Gate
 from .metrics import Metrics
@@ -29,6 +28,9 @@ from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, SamplingF
 from .settings import Settings
 from .stream import EventStream, unless_gone
 from .upstream_model import AnyModel, UpstreamModel
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 log = logging.getLogger("stillhouse")
 Body = TypeVar("Body", bound=BaseModel)

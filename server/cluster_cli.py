@@ -50,13 +50,13 @@ def run(command: str, argv: list[str]) -> int:
     return {"plan": _plan, "serve": _serve, "node": _node, "doctor": _doctor}[arguments.what](arguments)
 
 
+def _command(commands: argparse._SubParsersAction[Flags], name: str, words: str, examples: str) -> Flags:
+    formatter = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=words, epilog=examples, formatter_class=formatter)
+
+
 def _add_plan(commands: argparse._SubParsersAction[Flags]) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="what fits, how it divides, and how fast it might be",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "plan", "what fits, how it divides, and how fast it might be", _EXAMPLES)
     parser.add_argument("model", help="a name from the catalogue (deepseek-r1:70b), or a checkpoint's folder")
     parser.add_argument("--memory", type=_memory, metavar="GB,GB,…", help="of each host; or ask them: --hosts")
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="of a weight (default 4)")
@@ -67,12 +67,7 @@ def _add_plan(commands: argparse._SubParsersAction[Flags]) -> None:
 
 
 def _add_serve(commands: argparse._SubParsersAction[Flags]) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="serve a model over several hosts",
-        epilog=_SERVE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "serve", "serve a model over several hosts", _SERVE_EXAMPLES)
     parser.add_argument("model", help="a folder in MLX's format, or of 16 bits; a hub id that every host has")
     flags.add_hosts(parser)
     flags.add_serving(parser)
@@ -80,12 +75,7 @@ def _add_serve(commands: argparse._SubParsersAction[Flags]) -> None:
 
 
 def _add_node(commands: argparse._SubParsersAction[Flags]) -> None:
-    parser = commands.add_parser(
-        "node",
-        help="be a host of a cluster: start and end ranks as its head says",
-        epilog=_NODE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "node", "be a host of a cluster: start and end ranks as its head says", _NODE_EXAMPLES)
     parser.add_argument("--join", required=True, metavar="HOST:PORT", help="of the head")
     parser.add_argument("--key-file", metavar="FILE", help="the cluster's key; default: a line on stdin")
     parser.add_argument("--name", metavar="NAME", help="by which the head knows this host; default: its hostname")
@@ -93,12 +83,7 @@ def _add_node(commands: argparse._SubParsersAction[Flags]) -> None:
 
 
 def _add_doctor(commands: argparse._SubParsersAction[Flags]) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="look for what stands between hosts and a cluster",
-        epilog=_DOCTOR_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "doctor", "look for what stands between hosts and a cluster", _DOCTOR_EXAMPLES)
     flags.add_hosts(parser)
 
 

@@ -68,18 +68,18 @@ def load(name: str, options: LoadOptions, *, alias: str | None = None, chat_temp
         return serve_opened(ECHO, open_echo(options.parallel, options.context), source="built in", alias=alias)
     files: ModelFiles = resolve(name)
     # An adapter of the user's takes the place of the model's own: it was trained without that one.
-    thinks = files.adapter is not None and not options.loras and options.backend in ("auto", "llama.cpp")
-    if thinks and files.adapter:
-        options = replace(options, loras=((files.adapter, 1.0),))
+    own = None if options.loras or options.backend not in ("auto", "llama.cpp") else files.adapter
+    if own:
+        options = replace(options, loras=((own, 1.0),))
     opened = open_backend(files.paths, options)
     return serve_opened(
-        files.name if thinks or not files.adapter else BASE_MODEL,
+        files.name if own or not files.adapter else BASE_MODEL,
         opened,
         source=files.source,
         alias=alias,
         advice=files.advice,
         chat_template=chat_template,
-        thinks=thinks,
+        thinks=own is not None,
     )
 
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import uvicorn
 
@@ -29,9 +29,11 @@ except ImportError:  # Windows
     from asyncio import run as run_on_loop
 
 from .app import Service, create_app
-from .cluster import Cluster
 from .settings import Settings
 from .upstream_model import AnyModel
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 Model = TypeVar("Model", bound=AnyModel)
 
