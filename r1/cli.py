@@ -148,7 +148,7 @@ def _catalogue_facts(choice: Choice) -> list[tuple[str, str]]:
 def _file_facts(files: ModelFiles) -> list[tuple[str, str]]:
     rows = [("name", files.name)]
     if files.format == "gguf":
-        rows += _gguf_facts([read_header(path) for path in files.paths])
+        rows += _gguf_facts([read_header(path) for path in files.paths], taught=files.adapter is not None)
     else:
         rows += [("format", f"safetensors, {len(files.paths)} file(s)"), ("size", size_text(_bytes(files)))]
     if files.advice is not None:
@@ -160,11 +160,14 @@ def _file_facts(files: ModelFiles) -> list[tuple[str, str]]:
     return rows
 
 
-def _gguf_facts(headers: list[Header]) -> list[tuple[str, str]]:
+def _gguf_facts(headers: list[Header], *, taught: bool = False) -> list[tuple[str, str]]:
     header = headers[0]
     weights = sum(part.weights_bytes for part in headers)
     licence = header.metadata.get("general.license")
-    thinking = has_token(header, "<think>") and has_token(header, "</think>")
+    tokens = has_token(header, "<think>") and has_token(header, "</think>")
+    thinking = "yes, <think> and </think> are tokens" if tokens else "no tokens of their own"
+    if taught and not tokens:
+        thinking = "yes, the adapter writes <think> and </think> as text"
     rows = [
         ("model", header.name or "(its file does not say)"),
         ("parameters", _parameters_text(sum(part.parameters for part in headers))),
@@ -173,7 +176,7 @@ def _gguf_facts(headers: list[Header]) -> list[tuple[str, str]]:
         ("context", f"{header.context_length:,} tokens"),
         ("vocabulary", f"{header.vocabulary_size:,} tokens"),
         ("chat template", "yes" if header.chat_template else "no"),
-        ("thinking tags", "yes, <think> and </think> are tokens" if thinking else "no"),
+        ("thinking tags", thinking),
     ]
     try:
         per_token = kv_bytes_per_token(header)

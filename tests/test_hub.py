@@ -413,6 +413,20 @@ def test_show_tells_what_a_file_says(remote, capsys):
     assert "yes, <think>" in shown["thinking"] and shown["chat"].endswith("yes")
 
 
+@pytest.mark.usefixtures("smollm2_path")
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("smollm2-think:135m", "yes, the adapter writes <think> and </think> as text"),
+        ("smollm2:135m", "no tokens of their own"),
+    ],
+)
+def test_show_tells_where_thinking_tags_come_from(name, told, capsys):
+    assert cli.run("show", [name]) == 0
+    (line,) = (it for it in capsys.readouterr().out.splitlines() if it.startswith("thinking tags"))
+    assert line.removeprefix("thinking tags").strip() == told
+
+
 def test_show_of_what_is_not_downloaded_comes_from_the_catalogue(remote, capsys):
     assert cli.run("show", ["deepseek-r1:14b"]) == 0
     out = capsys.readouterr().out
