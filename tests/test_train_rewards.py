@@ -8,6 +8,7 @@ import time
 import pytest
 
 from stillhouse.r1.errors import UserError
+from stillhouse.train import formulas
 from stillhouse.train import rewards as module
 from stillhouse.train.config import TaskConfig
 from stillhouse.train.rewards import REWARDS, Asked, RewardFailed, Rewards, answer_in, find, same_answer
@@ -166,10 +167,34 @@ def test_numbers_are_the_same_as_numbers_and_nothing_is_half_right(given, wanted
     assert same_answer(given, wanted) == same
 
 
-def test_math_verify_sees_equal_formulas():
+@pytest.fixture
+def algebra():
+    """math-verify, in a process that ends with the test."""
     pytest.importorskip("math_verify", reason="pip install 'stillhouse[train]'")
+    yield formulas
+    formulas.close()
+
+
+@pytest.mark.usefixtures("algebra")
+def test_math_verify_sees_equal_formulas():
     assert same_answer("\\frac{1}{2}", "1/2")
     assert not same_answer("\\frac{1}{3}", "1/2")
+    assert not same_answer("\\frac{", "1/2")
+
+
+def test_comparing_formulas_says_nothing_in_a_runs_output(algebra, capfd, caplog):
+    """math-verify warns that it has no time limit, once a process, wherever there is one it may not use."""
+    assert part("accuracy", "<answer>(1/2)</answer>", columns=[{"answer": "2/4"}]) == [1.0]
+    said = capfd.readouterr()
+    assert (said.out, said.err, caplog.records) == ("", "", [])
+
+
+def test_an_answer_that_an_algebra_never_ends_with_is_not_right_and_stops_nothing(algebra, monkeypatch):
+    same_answer("(1)", "1/1")  # started
+    monkeypatch.setattr(algebra, "TIME_LIMIT_S", 0.3)
+    assert not same_answer("9^{9^{9^{9^{9}}}}", "(1)")
+    monkeypatch.undo()
+    assert same_answer("\\frac{1}{2}", "2/4")
 
 
 def test_an_answer_that_contains_the_right_one_gets_nothing():

@@ -219,13 +219,9 @@ def same_answer(given: str, wanted: str) -> bool:
         pass
     if not re.search(r"[\\^/=(]", given + wanted):  # nothing that a computer algebra could make equal
         return False
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return False
-    # Its own time limits use signals, which only the main thread may.
-    gold, reply = (parse(f"${text}$", parsing_timeout=None) for text in (wanted, given))  # pyright: ignore[reportArgumentType]
-    return bool(verify(gold, reply, timeout_seconds=None))  # pyright: ignore[reportArgumentType]
+    from .formulas import same_formula
+
+    return same_formula(given, wanted)
 
 
 # Rewards
