@@ -86,7 +86,7 @@ def make_context(model: C.llama_model_p, options: LoadOptions, fitted: memory.Fi
     params.n_ctx = options.parallel * padded if fitted.partitioned else fitted.cache_tokens
     params.n_batch = params.n_ubatch = options.batch_tokens
     params.n_seq_max = params.n_outputs_max = sequences
-    threads = options.threads or machine.physical_cores()
+    threads = options.threads or machine.compute_threads()
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = _KV_TYPES[options.kv_type][0]
     params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)

@@ -38,7 +38,7 @@ class LlamaScorer:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = 512
         params.n_outputs_max = self._slab
-        params.n_threads = params.n_threads_batch = options.threads or machine.physical_cores()
+        params.n_threads = params.n_threads_batch = options.threads or machine.compute_threads()
         params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
         self._watch = watch  # C calls it: it must live as long as the context
         if watch is not None:

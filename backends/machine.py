@@ -16,6 +16,12 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
+def compute_threads() -> int:
+    """Threads to compute with where nobody says how many: `OMP_NUM_THREADS`, or else the physical cores."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for loops within loops
+    return int(told) if told.isdecimal() and int(told) else physical_cores()
+
+
 def release_helpers() -> None:
     """Send away the OpenMP helpers of the calling thread; they come back when it computes the next time.
 

@@ -216,7 +216,7 @@ def _load(folder: Path, device: torch.device, *, is_quantized: bool, **options: 
 
 
 def _start(module: nn.Module, vocabulary: Vocabulary, room: _Room, options: LoadOptions) -> PyTorch:
-    torch.set_num_threads(options.threads or machine.physical_cores())
+    torch.set_num_threads(options.threads or machine.compute_threads())
     try:
         return PyTorch(
             module,

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ..backends.machine import physical_cores
+from ..backends.machine import compute_threads
 from ..r1.errors import UserError
 from ..r1.flags import Flags, flags_of
 
@@ -136,7 +136,7 @@ def _quantize(argv: list[str]) -> int:
             resume=given.resume,
             force=given.force,
             allow_requantize=given.allow_requantize,
-            threads=given.threads or physical_cores(),
+            threads=given.threads or compute_threads(),
             offline=given.offline,
         )
     )
@@ -150,7 +150,7 @@ def _verify(argv: list[str]) -> int:
         given.file,
         given.source,
         strings=given.strings,
-        threads=given.threads or physical_cores(),
+        threads=given.threads or compute_threads(),
         offline=given.offline,
     )
 

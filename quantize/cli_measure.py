@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends.machine import physical_cores
+from ..backends.machine import compute_threads
 from ..r1.errors import UserError
 from ..r1.flags import Flags, flags_of
 
@@ -96,7 +96,7 @@ def _calibrate(argv: list[str]) -> int:
     if have < given.count:
         files = resolve(given.model)
         options = LoadOptions(
-            context=given.context or None, parallel=given.parallel, threads=given.threads or physical_cores()
+            context=given.context or None, parallel=given.parallel, threads=given.threads or compute_threads()
         )
         wish = Wish(given.count, given.max_tokens, given.temperature, given.top_p, given.seed)
         opened = open_backend(files.paths, options)
@@ -141,7 +141,7 @@ def _request(given: argparse.Namespace) -> Request:
         states=given.states,
         chunks=given.chunks,
         context=given.context,
-        threads=given.threads or physical_cores(),
+        threads=given.threads or compute_threads(),
         offline=given.offline,
     )
 

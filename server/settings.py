@@ -75,7 +75,13 @@ def add_model_flags(parser: argparse.ArgumentParser, *, positional: bool = True)
         metavar="TYPE",
         help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl (default f16)",
     )
-    flag(group, "--threads", type=positive, metavar="N", help="compute threads; default: the physical cores")
+    flag(
+        group,
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="compute threads; default: OMP_NUM_THREADS, or else the physical cores",
+    )
     flag(group, "--gpu-layers", type=_layers, metavar="N", help="layers on the GPU; auto: all where there is one")
     flag(
         group,

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from ..backends import machine
 from ..r1.errors import UserError
 from .config import ModelConfig, OptimizerConfig
 from .policy import Policy
@@ -25,6 +26,11 @@ def place(config: ModelConfig) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r}: {error}", 'model.device = "auto" takes what there is') from None
     return device, torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def use_threads(threads: int) -> None:
+    """Have PyTorch compute with so many threads; 0 = what the engine takes then."""
+    torch.set_num_threads(threads or machine.compute_threads())
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
