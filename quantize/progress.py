@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from ..r1.clock import duration
+
 EVERY_S = 15.0  # a line, off a terminal
 
 
@@ -34,16 +36,3 @@ def meter(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callab
     print(what, file=sys.stderr, flush=True)
     yield show
     print(f"  done in {duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> duration(4.2), duration(75), duration(7300)
-    ('4 s', '1:15 min', '2:01 h')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes}:{rest:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"

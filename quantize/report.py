@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..r1.cache import size_text
+from ..r1.clock import duration
 from .gguf_blocks import Floats, quantize
 from .plan import Entry, Plan
-from .progress import duration
 from .weights import Weights
 
 HASH_BYTES_PER_S = 400e6  # SHA-256 without help from the processor; only for the estimate

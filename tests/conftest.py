@@ -20,6 +20,7 @@ from stillhouse.r1.gguf import read_header
 
 sys.path.insert(0, str(Path(__file__).parent))  # where `server_fixtures.py` and its like lie
 from browser_fixtures import browser, reader, slow_echo  # noqa: F401
+from train_fixtures import configure, toy  # noqa: F401
 
 # Other programs may be running: how long an example takes says nothing.
 hypothesis.settings.register_profile("stillhouse", deadline=None)

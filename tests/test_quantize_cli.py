@@ -9,7 +9,8 @@ import pytest
 
 from stillhouse.__main__ import main
 from stillhouse.quantize import cli, errors
-from stillhouse.quantize.progress import duration, meter
+from stillhouse.quantize.progress import meter
+from stillhouse.r1.clock import duration
 from stillhouse.r1.errors import UserError
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "quantize.md").read_text(encoding="utf-8")

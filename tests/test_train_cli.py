@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from train_fixtures import no_room_beyond
 
 from stillhouse.__main__ import main
 from stillhouse.r1.errors import UserError
@@ -117,6 +118,34 @@ def test_only_a_teachers_right_replies_are_kept_and_none_is_asked_twice(teacher,
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["2 + 2, 0", "2 + 2, 1"]
     assert rows[0]["response"] == "<think>\ntwo and two\n</think>\n\n<answer>4</answer>"
+
+
+def test_a_collection_that_was_stopped_goes_on_to_the_same_file(teacher, tmp_path):
+    """Killed after one row of an item, in the middle of the next: what a prompt got nothing for is not asked again."""
+    items = [Item(f"{n}", f"2 + 2, {n}", {"answer": answer}) for n, answer in enumerate((4, 9, 4))]
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+
+    def collect(count: int, output: Path) -> tuple[int, ...]:
+        return distill(Teacher(teacher), items[:count], load_config(), 4, output, lambda _: None)
+
+    assert collect(3, whole) == (3, 12, 2)
+    with no_room_beyond(20), pytest.raises(UserError, match=r"stopped\.jsonl cannot be written: File too large"):
+        collect(2, stopped)
+    assert collect(2, stopped) == (2, 8, 1)
+    with stopped.open("a", encoding="utf-8") as file:
+        file.write('{"id": "2", "prompt": "2 + 2, 2", "response": "x"}\n{"id": "2", "pro')
+    assert collect(3, stopped) == (1, 4, 1)
+    assert stopped.read_bytes() == whole.read_bytes()
+    stopped.unlink()  # thrown away, and the list of what was asked left there
+    assert collect(2, stopped) == (2, 8, 1)
+
+
+def test_a_file_of_something_else_is_not_collected_into(teacher, tmp_path):
+    output = tmp_path / "data.jsonl"
+    output.write_text('{"prompt": "mine"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="row 1 has no id"):
+        distill(Teacher(teacher), [], load_config(), 4, output, lambda _: None)
+    assert output.read_text(encoding="utf-8") == '{"prompt": "mine"}\n'
 
 
 def test_a_teacher_that_is_not_there_is_told():

@@ -47,7 +47,9 @@ start = "base"
 """
 
 
-def test_four_stages_run_in_order_and_only_once(random_model, tmp_path, monkeypatch):
+@pytest.fixture
+def recipe(random_model, tmp_path, monkeypatch) -> Path:
+    """A recipe, with its model and data, in the working folder."""
     pytest.importorskip("torch", reason="pip install 'stillhouse[train]'")
     pytest.importorskip("transformers", reason="pip install 'stillhouse[train]'")
     monkeypatch.chdir(tmp_path)
@@ -57,8 +59,12 @@ def test_four_stages_run_in_order_and_only_once(random_model, tmp_path, monkeypa
     examples = [{"prompt": f"say {n}", "response": "<think>\nyes</think><answer>1</answer>"} for n in range(10, 30)]
     Path("data.jsonl").write_text("\n".join(map(json.dumps, examples)), encoding="utf-8")
     Path("recipe.toml").write_text(RECIPE, encoding="utf-8")
+    return Path("recipe.toml")
+
+
+def test_four_stages_run_in_order_and_only_once(recipe):
     told: list[str] = []
-    assert run_recipe(read_recipe(Path("recipe.toml")), told.append, anyway=True) == Path("small/again")
+    assert run_recipe(read_recipe(recipe), told.append, anyway=True) == Path("small/again")
     began = [words for words in told if words.startswith("stage ")]
     assert began == [
         "stage cold (sft), from the base model",
@@ -71,8 +77,36 @@ def test_four_stages_run_in_order_and_only_once(random_model, tmp_path, monkeypa
     assert Path("small/again/adapter.gguf").is_file()
     told.clear()
     Path("small/again/done").unlink()
-    run_recipe(read_recipe(Path("recipe.toml")), told.append, anyway=True)
+    run_recipe(read_recipe(recipe), told.append, anyway=True)
     assert [words for words in told if words.startswith("stage ")] == began[-1:]
+
+
+def test_a_recipe_that_was_stopped_goes_on_in_the_middle_of_a_stage(recipe, monkeypatch):
+    """Stopped once in the cold start, once in the harvest: all is as if it had not been, to the bit."""
+    monkeypatch.setattr("stillhouse.train.distill._PORTION", 2)
+    whole = run_recipe(read_recipe(recipe), lambda _: None, anyway=True)
+    recipe.write_text(RECIPE.replace('"small"', '"second"'), encoding="utf-8")
+    told: list[str] = []
+
+    def until(beginning: str) -> None:
+        def stop(words: str) -> None:
+            told.append(words)
+            if words.startswith(beginning):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(read_recipe(recipe), stop, anyway=True)
+
+    until("step 20/120")
+    told.clear()
+    until("2/5 prompts")
+    assert any(words.startswith("step 11/120") for words in told)
+    assert not any(words.startswith("step 1/120") for words in told)
+    told.clear()
+    other = run_recipe(read_recipe(recipe), told.append, anyway=True)
+    assert any(words.startswith("3/3 prompts") for words in told) and not any(it.startswith("2/5") for it in told)
+    for name in ("harvest/data.jsonl", "cold/adapter.gguf", "again/adapter.gguf"):
+        assert (whole.parent / name).read_bytes() == (other.parent / name).read_bytes(), name
 
 
 def test_a_stage_has_the_common_settings_and_its_own(tmp_path):

@@ -2,96 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from train_fixtures import no_room_beyond, quiet, same, timeless
 
 torch = pytest.importorskip("torch", reason="training needs torch: pip install 'stillhouse[train]'")
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 
 from stillhouse.r1.errors import UserError  # noqa: E402 - only where torch is
 from stillhouse.train import checkpoint, export, live  # noqa: E402
-from stillhouse.train.config import RunConfig, load_config  # noqa: E402
 from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
 from stillhouse.train.probe import probe  # noqa: E402
-from stillhouse.train.rollout import Rollouts, find_model, open_rollouts  # noqa: E402
-from stillhouse.train.sft import run_sft  # noqa: E402
-from stillhouse.train.tasks import messages, open_task  # noqa: E402
+from stillhouse.train.rollout import Rollouts  # noqa: E402
+from stillhouse.train.tasks import messages  # noqa: E402
 
 ENGINES = ("llama.cpp", "pytorch")
-REWARD = """
-def vowels(completions, **_):
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
-
-def nothing(completions, **_):
-    return [0.0 for _ in completions]
-"""
-
-
-@pytest.fixture(scope="module")
-def toy(random_model, tmp_path_factory) -> Path:
-    """A folder with a model, a task and a reward."""
-    folder = tmp_path_factory.mktemp("toy")
-    random_model.write_model(folder / "toy.gguf", kv_heads=1, norm=0.5)
-    rows = [{"id": f"q{n}", "prompt": f"say {n}", "answer": str(n)} for n in range(12)]
-    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def configure(toy, tmp_path) -> Callable[..., RunConfig]:
-    def configure(**changes) -> RunConfig:
-        given = {
-            "out": str(tmp_path / "run"),
-            "model.name": str(toy / "toy.gguf"),
-            "task.name": str(toy / "task.jsonl"),
-            "task.held_out_size": 4,
-            "task.instruction": "",
-            "lora.rank": 4,
-            "lora.alpha": 8.0,
-            "grpo.steps": 4,
-            "grpo.prompts": 2,
-            "grpo.group": 4,
-            "grpo.max_tokens": 8,
-            "optimizer.lr": 1e-2,
-            "optimizer.warmup": 0,
-            "rollout.weights": "f32",
-            "rollout.threads": 1,
-            "rollout.prompt_tokens": 64,
-            "evaluation.every": 0,
-            "evaluation.items": 2,
-            "save.every": 2,
-            "guard.length": 0.0,
-            "guard.truncated": 0.0,
-            "rewards": {f"{toy}/reward.py:vowels": 1.0},
-        }
-        return load_config(changes=given | changes)
-
-    return configure
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {f"{name}.{n}": it.clone() for name, pair in run.policy.adapter().items() for n, it in enumerate(pair)}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def steps_of(run: Run) -> list[dict]:
-    """The log without times and memory."""
-    return [
-        {key: value for key, value in record.items() if not key.endswith(("_s", "_gb"))}
-        for record in run.folder.records()
-    ]
+    return timeless(run.folder.records())
 
 
 # Learning
@@ -143,22 +77,16 @@ def test_the_faster_engine_is_taken_of_those_that_keep_to_the_trainer(configure,
         open_run(replace(config, out=f"{config.out}-3"), report=quiet)
 
 
-def test_examples_are_learned_and_served(configure, tmp_path, toy):
-    rows = [{"prompt": f"say {n}", "response": "<think>\nokay</think><answer>done</answer>"} for n in range(4)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = configure(**{"sft.epochs": 30, "sft.batch": 4})
-    done = run_sft(config, tmp_path / "data.jsonl", quiet)
-    assert done.first_loss > 2 and done.last_loss < 0.3
-    paths, adapter = find_model(f"{toy / 'toy.gguf'}+{tmp_path / 'run'}")
-    rollouts = open_rollouts(paths, config.rollout, 64)
-    rollouts.use(adapter / "adapter.gguf")
-    from stillhouse.r1.messages import Message
-
-    asked = rollouts.ask([Message("user", "say 2")])
-    assert asked.prefix == "<think>\n"  # opened by the template, so not learned
-    ((reply,),) = rollouts.draw([asked.ids], 1, 64, ["x"], temperature=0)
-    rollouts.close()
-    assert reply.text == "okay</think><answer>done</answer>" and not reply.truncated
+@pytest.mark.parametrize("threads, told, used", [(0, "3", 3), (0, "2,1", 2), (2, "3", 2)])
+def test_engine_and_trainer_have_as_many_threads_as_they_are_told(configure, monkeypatch, threads, told, used):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    run = open_run(configure(**{"rollout.threads": threads}), report=quiet)
+    assert torch.get_num_threads() == used
+    assert llama_cpp.llama_n_threads(run.rollouts.engine.backend._context) == used
+    run.close()
+    torch.set_num_threads(before)
 
 
 # Repeating
@@ -301,25 +229,39 @@ def test_a_run_is_not_written_over_and_another_base_is_refused(configure, random
     with pytest.raises(UserError, match="no run in"):
         run_grpo(configure(out=str(tmp_path / "none")), resume=True, report=quiet)
     random_model.write_model(tmp_path / "other.gguf", kv_heads=1, seed=3)
+    told = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=r"trained on toy\.gguf, and other\.gguf has other weights"):
         run_grpo(configure(**{"grpo.steps": 3, "model.name": str(tmp_path / "other.gguf")}), resume=True, report=quiet)
+    assert (tmp_path / "run" / "config.toml").read_text(encoding="utf-8") == told
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(configure, monkeypatch):
+@pytest.mark.parametrize("file", ["adapter", "optimizer"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(configure, file):
     run = run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
     before = weights(run)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    size = (run.folder.path / "adapter" / "adapter_model.safetensors").stat().st_size
     with torch.no_grad():
         run.policy.parameters()[0].add_(1)
-    with pytest.raises(UserError, match="No space left"):
+    words = r"checkpoints/000003.* could not be written: File too large"
+    with (
+        no_room_beyond({"adapter": size // 2, "optimizer": size + 1000}[file]),
+        pytest.raises(UserError, match=words) as told,
+    ):
         run.folder.save(3, run.policy, run.optimizer, {})
+    assert "--resume" in told.value.hint
     assert run.folder.restore(run.policy).step == 2
     assert same(weights(run), before)
-    assert not [path for path in (run.folder.path / "checkpoints").iterdir() if "partial" in path.name]
+    assert sorted(path.name for path in (run.folder.path / "checkpoints").iterdir()) == ["000002"]
+
+
+def test_a_full_disk_leaves_log_and_configuration_whole(configure):
+    run = run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
+    files = [run.folder.path / name for name in ("log.jsonl", "completions.jsonl", "config.toml")]
+    before = [path.read_bytes() for path in files]
+    with no_room_beyond(100), pytest.raises(UserError, match=r"log\.jsonl cannot be written: File too large"):
+        open_run(configure(**{"grpo.steps": 3}), resume=True, report=quiet)
+    assert [path.read_bytes() for path in files] == before
+    assert run_grpo(configure(**{"grpo.steps": 3}), resume=True, report=quiet).state.step == 3
 
 
 def test_groups_that_teach_nothing_are_asked_anew_and_end_the_run(configure, toy):
@@ -379,26 +321,3 @@ def test_the_served_adapter_is_the_newest(configure, tmp_path):
     assert (tmp_path / "run" / "adapter.gguf").is_file()
     assert not list((tmp_path / "run").glob("rollout-*"))
     assert checkpoint.RunFolder(tmp_path / "run").records()[-1]["kind"] == "evaluation"
-
-
-def test_an_example_of_a_held_out_question_is_not_learned(configure, tmp_path):
-    held_out = [item.question for item in open_task(configure().task).held_out]
-    rows = [{"prompt": text, "response": "x"} for text in (held_out[0], "say something else")]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    told: list[str] = []
-    done = run_sft(configure(**{"sft.epochs": 1}), tmp_path / "data.jsonl", told.append)
-    assert done.steps == 1 and any(words.startswith("left out: 1 of 2 examples, held out") for words in told)
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"prompt": "a"}, "row 1 has no prompt and response"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "row 1: the last message"),
-        ({"messages": [{"content": "a"}]}, "row 1: a message has no role"),
-    ],
-)
-def test_an_example_without_a_reply_is_told_by_its_row(configure, tmp_path, row, words):
-    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(UserError, match=words):
-        run_sft(configure(), tmp_path / "data.jsonl", quiet)

@@ -11,12 +11,14 @@ run1/adapter.gguf           and in llama.cpp's, for `stillhouse serve MODEL --lo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -28,6 +30,7 @@ from .policy import Policy
 
 _CONFIG, _LOG, _COMPLETIONS, _STATE = "config.toml", "log.jsonl", "completions.jsonl", "state.json"
 BEST = "best"
+_ROOM = "make room, then go on with --resume; what was saved before is whole"
 
 
 class Restored(NamedTuple):
@@ -44,19 +47,40 @@ class RunFolder:
         self.path = path
         self._board: Board | None = None
 
-    def begin(self, config: RunConfig, *, resume: bool) -> None:
+    def begin(self, config: RunConfig, *, resume: bool, kind: Literal["grpo", "sft"] = "grpo") -> None:
         """Make the folder, or find it again. Raises `UserError` rather than write over another run."""
-        told = self.path / _CONFIG
-        if not resume and (self.records() or self._numbered()):
+        records = self.records()
+        if not resume and (records or self._numbered()):
             raise UserError(f"{self.path} holds a run already", "go on with --resume, or choose another --out")
-        if resume and not told.exists():
+        if resume and not self.is_begun:
             raise UserError(f"there is no run in {self.path} to go on with", "leave --resume out")
+        found = "sft" if any(record["kind"] == "sft" for record in records) else "grpo"
+        if records and found != kind:
+            raise UserError(
+                f"the run in {self.path} was begun with `train {found}`", f"choose another --out; --start {self.path}"
+            )
+        folder = self.path / "checkpoints"
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            told.write_text(dump_config(config), encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.old"):  # stopped between two renames
+                if not old.with_suffix("").exists():
+                    os.replace(old, old.with_suffix(""))
         except OSError as error:
-            raise _unwritable(told, error) from None
+            raise _unwritable(folder, error) from None
         self._board = Board(self.path) if config.save.tensorboard else None
+
+    def start(self, config: RunConfig, restored: Restored | None) -> None:
+        """Write the configuration down, and drop what the log says of steps after those that were restored.
+
+        Called when all fits together: the configuration of a run that is refused stays what it was.
+        """
+        self._forget_after(restored.step if restored else -1)
+        _write(self.path / _CONFIG, dump_config(config))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run to go on with."""
+        return (self.path / _CONFIG).exists()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add a line to the log."""
@@ -93,16 +117,21 @@ class RunFolder:
 
         def fill(partial: Path) -> None:
             save_peft(adapter_of(policy), partial / "adapter")
-            torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+            data = io.BytesIO()  # PyTorch's own writer does not say that the disk is full
+            torch.save(optimizer.state_dict(), data)
+            (partial / "optimizer.pt").write_bytes(data.getbuffer())
             told = json.dumps({"step": step, "state": state}, ensure_ascii=False)
             (partial / _STATE).write_text(told, encoding="utf-8")
 
         folder = self.path / "checkpoints"
-        replace_folder(folder / f"{step:06d}", fill)
-        if best:
-            replace_folder(folder / BEST, fill)
-        save_peft(adapter_of(policy), self.path / "adapter")
-        save_gguf(adapter_of(policy), self.path / "adapter.gguf")
+        try:
+            replace_folder(folder / f"{step:06d}", fill)
+            if best:
+                replace_folder(folder / BEST, fill)
+            save_peft(adapter_of(policy), self.path / "adapter")
+            save_gguf(adapter_of(policy), self.path / "adapter.gguf")
+        except UserError as error:
+            raise UserError(error.message, _ROOM) from None
         for old in self._numbered()[: -max(1, keep)]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -123,20 +152,18 @@ class RunFolder:
             told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             if optimizer is not None:
                 optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            return Restored(int(told["step"]), told["state"])
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
             hint = "delete it to go on from the one before"
-            raise UserError(f"the checkpoint {folder} is damaged: {error}", hint) from None
-        return Restored(int(told["step"]), told["state"])
+            words = str(error).partition("\n")[0]
+            raise UserError(f"the checkpoint {folder} is damaged: {words}", hint) from None
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop what log and completions say of later steps: they will be made again."""
         for name in (_LOG, _COMPLETIONS):
             path = self.path / name
             if path.exists():
-                kept = [line for line in _lines(path) if line.get("step", 0) <= step]
-                partial = path.with_name(name + ".partial")
-                partial.write_text("".join(_line(it) for it in kept), encoding="utf-8")
-                os.replace(partial, path)
+                _write(path, "".join(_line(it) for it in _lines(path) if it.get("step", 0) <= step))
 
     def _numbered(self) -> list[Path]:
         return sorted(it for it in (self.path / "checkpoints").glob("[0-9]*") if it.name.isdigit())
@@ -176,7 +203,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines; one that was cut off by a crash is dropped."""
     found = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -184,5 +211,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _write(path: Path, text: str) -> None:
+    """Put a text in a file's place, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritable(path, error) from None
+
+
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}", "make room; the run can be resumed with --resume")
+    return UserError(f"{path} cannot be written: {error.strerror}", _ROOM)

@@ -46,6 +46,7 @@ def run(command: str, argv: list[str]) -> int:
     one = add("sft", "learn to write given replies", _sft)
     _run_flags(one)
     one.add_argument("--data", required=True, metavar="FILE", help=".jsonl or .parquet with prompt and response")
+    one.add_argument("--resume", action="store_true", help="go on with the run in --out")
     one = add("grpo", "learn from rewards", _grpo)
     _run_flags(one)
     one.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -166,8 +167,8 @@ def _sft(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from .sft import run_sft
 
-    run_sft(config, Path(arguments.data), _tell)
-    return 0
+    data = Path(arguments.data)
+    return _until_stopped(lambda: run_sft(config, data, _tell, resume=arguments.resume), _go_on(config))
 
 
 def _grpo(arguments: argparse.Namespace) -> int:
@@ -175,13 +176,25 @@ def _grpo(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from .grpo import run_grpo
 
+    resume, anyway = arguments.resume, arguments.anyway
+    code = _until_stopped(lambda: run_grpo(config, resume=resume, anyway=anyway, report=_tell), _go_on(config))
+    if not code:
+        _tell(f"saved in {config.out}; stillhouse serve {config.model.name} --lora {config.out}")
+    return code
+
+
+def _until_stopped(work: Callable[[], object], go_on: str) -> int:
+    """Do some work; the exit code, and where Ctrl-C ended it a line that says how to go on."""
     try:
-        run_grpo(config, resume=arguments.resume, anyway=arguments.anyway, report=_tell)
+        work()
     except KeyboardInterrupt:
-        _tell(f"stopped; --resume goes on from the last checkpoint in {config.out}")
+        _tell(f"stopped; {go_on}")
         return 130
-    _tell(f"saved in {config.out}; stillhouse serve {config.model.name} --lora {config.out}")
     return 0
+
+
+def _go_on(config: RunConfig) -> str:
+    return f"--resume goes on from the last checkpoint in {config.out}"
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -328,9 +341,8 @@ def _recipe(arguments: argparse.Namespace) -> int:
     from .recipe import read_recipe, run_recipe
 
     recipe = read_recipe(arguments.recipe)
-    last = run_recipe(recipe, _tell, anyway=arguments.anyway)
-    print(last)
-    return 0
+    go_on = "the same command goes on from the last checkpoint"
+    return _until_stopped(lambda: print(run_recipe(recipe, _tell, anyway=arguments.anyway)), go_on)
 
 
 def _distill(arguments: argparse.Namespace) -> int:
@@ -340,7 +352,10 @@ def _distill(arguments: argparse.Namespace) -> int:
     from .distill import Teacher, distill
     from .tasks import open_task
 
-    teacher = Teacher(arguments.teacher, arguments.teacher_model, arguments.api_key)
-    done = distill(teacher, open_task(config.task).train[: arguments.items], config, arguments.samples, output, _tell)
-    print(f"{output}: {done.kept} right replies of {done.asked}, for {done.prompts} prompts")
-    return 0
+    def collect() -> None:
+        teacher = Teacher(arguments.teacher, arguments.teacher_model, arguments.api_key)
+        items = open_task(config.task).train[: arguments.items]
+        done = distill(teacher, items, config, arguments.samples, output, _tell)
+        print(f"{output}: {done.kept} right replies of {done.asked}, for {done.prompts} prompts")
+
+    return _until_stopped(collect, f"the same command asks only what is not in {output} yet")

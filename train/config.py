@@ -115,7 +115,7 @@ class RolloutConfig:
     kl_stop: float = 0.0  # engine and trainer differ by more: stop; 0 = by the type of the weights
     prompt_tokens: int = 0  # room for a prompt; 0 = for the longest there is
     parallel: int = 32  # replies in progress at once
-    threads: int = 0  # 0 = the physical cores
+    threads: int = 0  # of the engine and of PyTorch; 0 = OMP_NUM_THREADS, or else the physical cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class GuardConfig:
 class SaveConfig:
     """Checkpoints."""
 
-    every: int = 10  # steps
+    every: int = 10  # steps, of sft and of grpo
     keep: int = 2  # besides the best
     tensorboard: bool = False  # write its files, too, into tensorboard/
 
@@ -314,6 +314,7 @@ def _check(config: RunConfig) -> None:
         "rollout.temperature": rollout.temperature,
         "rollout.parallel": rollout.parallel,
         "sft.epochs": config.sft.epochs,
+        "save.every": config.save.every,
         "sft.batch": config.sft.batch,
         "task.size": config.task.size,
     }

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..r1.clock import duration
 from ..r1.errors import UserError
 from ..r1.prompt import CLOSE, OPEN
 from .config import RunConfig
@@ -24,6 +27,7 @@ from .tasks import Item, messages, open_task
 
 _TIMEOUT_S = 600
 _AT_ONCE = 8
+_PORTION = 32  # prompts; what a stopped harvest draws again at most
 
 
 class Distilled(NamedTuple):
@@ -74,6 +78,39 @@ class Teacher:
             ) from None
 
 
+class Collection:
+    """Rows of a file by the item they answer, and beside it what was asked: who is stopped goes on from there."""
+
+    def __init__(self, path: Path) -> None:
+        """Find what is there already. Raises `UserError` for a file of something else."""
+        self._path, self._told = path, path.with_name(path.name + ".asked")
+        rows = _read(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or "id" not in row:
+                raise UserError(f"{path}, row {number} has no id: it is something else", "choose another --out")
+        told = path.exists() and self._told.exists()
+        self.asked: set[str] = set(_read(self._told)) if told else {row["id"] for row in rows}
+        kept = [row for row in rows if row["id"] in self.asked]  # stopped between an item's rows and its mark
+        self.count = len(kept)
+        with _writing(path):
+            for file, lines in ((self._told, sorted(self.asked)), (path, kept)):
+                partial = file.with_name(file.name + ".partial")
+                partial.write_text("".join(map(_line, lines)), encoding="utf-8")
+                os.replace(partial, file)
+
+    def add(self, item: Item, replies: Sequence[str], **columns: str) -> None:
+        """Write an item's right replies, the shortest first, and that it was asked."""
+        rows = [{"id": item.id, "prompt": item.prompt, "response": text, **columns} for text in replies]
+        with _writing(self._path):
+            for file, lines in ((self._path, rows), (self._told, [item.id])):
+                with file.open("a", encoding="utf-8") as end:
+                    end.write("".join(map(_line, lines)))
+                    end.flush()
+                    os.fsync(end.fileno())
+        self.asked.add(item.id)
+        self.count += len(rows)
+
+
 def distill(
     teacher: Teacher,
     items: Sequence[Item],
@@ -87,11 +124,11 @@ def distill(
     The file has `prompt` and `response` for `stillhouse train sft`, with the instruction left to it. What is there
     already is gone on from: its prompts are not asked again.
     """
-    done = {json.loads(line)["id"] for line in _lines(output)}
-    todo = [item for item in items if item.id not in done]
     judge = Rewards(config.rewards, config.gates)
-    kept = asked = 0
-    with output.open("a", encoding="utf-8") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+    collection = Collection(output)
+    before, started = collection.count, time.monotonic()
+    todo = [item for item in items if item.id not in collection.asked]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         for number, item in enumerate(todo, 1):
             conversation = [{"role": turn.role, "content": turn.content} for turn in messages(item, config.task)]
 
@@ -100,17 +137,10 @@ def distill(
                 return teacher.reply(conversation, config.sft.max_tokens, settings.temperature, seed)
 
             replies = [text for text in pool.map(ask, range(samples)) if text]
-            asked += samples
-            right = _right(judge, item, replies, config.sft.max_tokens)
-            for text in sorted(set(right), key=len):
-                kept += 1
-                row = {"id": item.id, "prompt": item.prompt, "response": text, "teacher": teacher.model}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            collection.add(item, _right(judge, item, replies, config.sft.max_tokens), teacher=teacher.model)
             if number % 10 == 0 or number == len(todo):
-                report(f"{number}/{len(todo)} prompts, {kept} right replies")
-    return Distilled(len(todo), asked, kept)
+                report(_progress(number, len(todo), collection.count - before, started))
+    return Distilled(len(todo), len(todo) * samples, collection.count - before)
 
 
 def sift(
@@ -118,35 +148,46 @@ def sift(
 ) -> Distilled:
     """A run's own right replies, drawn by the engine, as data for `sft` (DeepSeek-R1's third stage)."""
     paths, _ = find_model(config.model.name)
+    judge = Rewards(config.rewards, config.gates)
     asked = list(open_task(config.task).train[:items])
+    collection = Collection(output)
+    started, drawn_now = time.monotonic(), 0
+    report(f"{len(asked)} prompts, {samples} replies each")
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
     try:
-        rollouts.use(run / "adapter.gguf" if run else None)
-        asking = [rollouts.ask(messages(item, config.task)) for item in asked]
-        seeds = [f"{config.seed} sift {n}" for n in range(len(asked))]
-        report(f"{len(asked)} prompts, {samples} replies each")
-        drawn = rollouts.draw(
-            [it.ids for it in asking],
-            samples,
-            config.grpo.max_tokens,
-            seeds,
-            temperature=config.evaluation.temperature,
-            top_p=config.evaluation.top_p,
-        )
+        for begin in range(0, len(asked), _PORTION):
+            portion = asked[begin : begin + _PORTION]
+            if all(item.id in collection.asked for item in portion):
+                continue
+            rollouts.use(run / "adapter.gguf" if run else None)  # and an empty cache, whatever was drawn before
+            asking = [rollouts.ask(messages(item, config.task)) for item in portion]
+            drawn = rollouts.draw(
+                [it.ids for it in asking],
+                samples,
+                config.grpo.max_tokens,
+                [f"{config.seed} sift {begin + n}" for n in range(len(portion))],
+                temperature=config.evaluation.temperature,
+                top_p=config.evaluation.top_p,
+            )
+            for item, it, replies in zip(portion, asking, drawn, strict=True):
+                if item.id not in collection.asked:
+                    whole = [it.prefix + reply.text for reply in replies if not reply.truncated]
+                    collection.add(item, _right(judge, item, whole, config.grpo.max_tokens))
+            drawn_now += len(portion)
+            left = len(asked) - begin - len(portion)
+            report(_progress(drawn_now, drawn_now + left, collection.count, started))
     finally:
         rollouts.close()
-    judge = Rewards(config.rewards, config.gates)
-    rows: list[str] = []
-    for item, it, replies in zip(asked, asking, drawn, strict=True):
-        whole = [it.prefix + reply.text for reply in replies if not reply.truncated]
-        for text in sorted(set(_right(judge, item, whole, config.grpo.max_tokens)), key=len):
-            rows.append(json.dumps({"id": item.id, "prompt": item.prompt, "response": text}, ensure_ascii=False) + "\n")
-    output.write_text("".join(rows), encoding="utf-8")
-    return Distilled(len(asked), len(asked) * samples, len(rows))
+    return Distilled(len(asked), len(asked) * samples, collection.count)
+
+
+def _progress(done: int, total: int, kept: int, started: float) -> str:
+    left = (time.monotonic() - started) / done * (total - done)
+    return f"{done}/{total} prompts, {kept} right replies" + (f", about {duration(left)} left" if done < total else "")
 
 
 def _right(judge: Rewards, item: Item, replies: list[str], max_tokens: int) -> list[str]:
-    """The replies with the right answer; where a format is rewarded, those in it."""
+    """The different replies with the right answer, shortest first; where a format is rewarded, those in it."""
     if not replies:
         return []
     count = len(replies)
@@ -163,8 +204,31 @@ def _right(judge: Rewards, item: Item, replies: list[str], max_tokens: int) -> l
         )
     )
     wanted = [name for name in ("accuracy", "format") if name in scored.parts]
-    return [text for n, text in enumerate(replies) if all((scored.parts[name][n] or 0.0) >= 1.0 for name in wanted)]
+    right = {text for n, text in enumerate(replies) if all((scored.parts[name][n] or 0.0) >= 1.0 for name in wanted)}
+    return sorted(right, key=lambda text: (len(text), text))
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _read(path: Path) -> list[Any]:
+    """The lines of a file; without the last where it was not written to its end. Raises `UserError` by row."""
+    found: list[Any] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, row {number} is not JSON: {error}", "choose another --out") from None
+    return found
+
+
+def _line(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "make room; the same command goes on from what is there"
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None

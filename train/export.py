@@ -67,7 +67,7 @@ def save_peft(adapter: Adapter, folder: Path) -> None:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().float().cpu().contiguous()
 
     def fill(partial: Path) -> None:
-        _safetensors().save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).write_bytes(_safetensors().save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / BELONGS).write_text(json.dumps(belongs, indent=2) + "\n", encoding="utf-8")
 
@@ -122,7 +122,8 @@ def save_gguf(adapter: Adapter, path: Path, *, half: bool = False) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error.strerror}", "make room on the disk") from None
+        words = error.strerror or str(error)  # NumPy's have no number
+        raise UserError(f"{path} could not be written: {words}", "make room on the disk") from None
 
 
 def save_mlx(adapter: Adapter, folder: Path) -> None:
@@ -139,7 +140,7 @@ def save_mlx(adapter: Adapter, folder: Path) -> None:
         tensors[f"{name}.lora_b"] = b.detach().float().cpu().T.contiguous()
 
     def fill(partial: Path) -> None:
-        _safetensors().save_file(tensors, partial / "adapters.safetensors")
+        (partial / "adapters.safetensors").write_bytes(_safetensors().save(tensors))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     replace_folder(folder, fill)
@@ -183,12 +184,14 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C, too
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.exists() and old.exists():
             os.replace(old, folder)
-        words = error.strerror or str(error)
-        raise UserError(f"{folder} could not be written: {words}", "make room; the old one is kept") from None
+        if isinstance(error, OSError):
+            words = error.strerror or str(error)
+            raise UserError(f"{folder} could not be written: {words}", "make room; the old one is kept") from None
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

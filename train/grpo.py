@@ -33,7 +33,7 @@ from .policy import Policy
 from .rewards import Asked, Rewards, Scored
 from .rollout import Asking, Reply, Rollouts, find_model, remove_copies
 from .tasks import Item, Task, messages, open_task
-from .update import make_optimizer, peak_memory, place, rate
+from .update import make_optimizer, peak_memory, place, rate, use_threads
 
 Report = Callable[[str], None]
 _USELESS_STEPS = 5  # in a row, after which a run stops
@@ -76,18 +76,17 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
     task = open_task(config.task)
     folder = RunFolder(Path(config.out))
     folder.begin(config, resume=resume)
+    use_threads(config.rollout.threads)
     device, dtype = place(config.model)
     base = read_base(paths, dtype)
     base.module.to(device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed, config.model.checkpointing)
     optimizer = make_optimizer(policy, config.optimizer)
-    state = State()
-    if config.lora.start:
-        start_from(policy, config.lora.start)
     restored = folder.restore(policy, optimizer) if resume else None
-    if restored:
-        state = State(**restored.state)
-    folder.forget_after(restored.step if restored else -1)
+    if config.lora.start and not restored:
+        start_from(policy, config.lora.start)
+    folder.start(config, restored)
+    state = State(**restored.state) if restored else State()
 
     drawing = config.rollout
     if not drawing.prompt_tokens:

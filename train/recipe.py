@@ -26,7 +26,7 @@
     start = "base"                not from the stage before
 
 Every stage has a folder of its own in `out`, starts from the adapter of the stage before unless it says otherwise, and
-is left out once it is done: a recipe that was stopped goes on where it was.
+is left out once it is done: a recipe that was stopped goes on in the middle of a stage.
 """
 
 from __future__ import annotations
@@ -108,19 +108,16 @@ def _run(
     recipe: Recipe, stage: Stage, config: RunConfig, start: str, report: Callable[[str], None], anyway: bool
 ) -> None:
     folder = recipe.out / stage.name
+    resume = (folder / "config.toml").exists()
     if stage.kind == "grpo":
         from .grpo import run_grpo
 
-        run_grpo(config, resume=(folder / "config.toml").exists(), anyway=anyway, report=report)
+        run_grpo(config, resume=resume, anyway=anyway, report=report)
     elif stage.kind == "sft":
-        import shutil
-
         from .sft import run_sft
 
-        if folder.exists():  # stopped in the middle: minutes, not hours
-            shutil.rmtree(folder)
         sifted = recipe.out / stage.data / _DATA
-        run_sft(config, sifted if sifted.exists() else Path(stage.data), report)
+        run_sft(config, sifted if sifted.exists() else Path(stage.data), report, resume=resume)
     else:
         from .distill import sift
 

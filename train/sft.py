@@ -6,6 +6,7 @@ a template opens by itself (`<think>`) is not learned twice. Knows nothing of re
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,17 +15,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..r1.clock import duration
 from ..r1.errors import UserError
 from ..r1.messages import Message
 from .basemodel import read_base
-from .checkpoint import RunFolder, start_from
+from .checkpoint import Restored, RunFolder, start_from
 from .config import RunConfig, TaskConfig
 from .policy import Group, Policy, micro_batches
 from .rollout import Rollouts, find_model, open_rollouts
 from .tasks import open_task, read_rows
-from .update import clip_and_step, make_optimizer, place, rate
+from .update import clip_and_step, give_back_memory, make_optimizer, place, rate, use_threads
 
 Report = Callable[[str], None]
+_TELL_EVERY = 10  # steps; or
+_TELL_S = 10.0  # seconds, where a step takes that long
 
 
 class Example(NamedTuple):
@@ -41,7 +45,6 @@ class Finished(NamedTuple):
     steps: int
     first_loss: float  # nats a token
     last_loss: float
-    left_out: int  # examples that were too long
 
 
 def not_held_out(examples: list[Example], task: TaskConfig, report: Report) -> list[Example]:
@@ -71,22 +74,34 @@ def read_examples(path: Path, rollouts: Rollouts, task: TaskConfig) -> list[Exam
     return examples
 
 
-def run_sft(config: RunConfig, data: Path, report: Report = print) -> Finished:
-    """Train an adapter on a file of replies and save it in the run's folder. Raises `UserError`."""
+def run_sft(config: RunConfig, data: Path, report: Report = print, *, resume: bool = False) -> Finished:
+    """Train an adapter on a file of replies, or go on training it, in the run's folder. Raises `UserError`."""
     paths, _ = find_model(config.model.name)
     folder = RunFolder(Path(config.out))
-    folder.begin(config, resume=False)
+    folder.begin(config, resume=resume, kind="sft")
     rollouts = open_rollouts(paths, config.rollout, config.sft.max_tokens)
     try:
         examples = not_held_out(read_examples(data, rollouts, config.task), config.task, report)
     finally:
         rollouts.close()
+    examples = _short_enough(examples, config.sft.max_tokens, report)
+    use_threads(config.rollout.threads)
     base = read_base(paths, place(config.model)[1])
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed, config.model.checkpointing)
     base.module.to(place(config.model)[0])
-    if config.lora.start:
+    optimizer = make_optimizer(policy, config.optimizer)
+    restored = folder.restore(policy, optimizer) if resume else None
+    if config.lora.start and not restored:
         start_from(policy, config.lora.start)
-    finished = fit(policy, examples, config, folder, report)
+    mark = hashlib.sha256(repr([(it.prompt_ids, it.reply_ids) for it in examples]).encode()).hexdigest()
+    if restored and restored.state["examples"] != mark:
+        raise UserError(
+            f"the examples are not those that the run in {config.out} has learned from so far",
+            "go on with the same data, task and sft.max_tokens, or choose another --out",
+        )
+    folder.start(config, restored)
+    begun = restored or Restored(0, {"examples": mark, "seconds": 0.0})
+    finished = fit(policy, optimizer, examples, config, folder, begun, report)
     report(
         f"loss {finished.first_loss:.3f} -> {finished.last_loss:.3f} in {finished.steps} steps; saved in {config.out}"
     )
@@ -94,44 +109,66 @@ def run_sft(config: RunConfig, data: Path, report: Report = print) -> Finished:
 
 
 def fit(
-    policy: Policy, examples: Sequence[Example], config: RunConfig, folder: RunFolder | None, report: Report
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    config: RunConfig,
+    folder: RunFolder,
+    begun: Restored,
+    report: Report,
 ) -> Finished:
-    """Minimise the mean cross-entropy of the replies' tokens."""
+    """Minimise the mean cross-entropy of the replies' tokens, from the beginning or from where a run was."""
     settings = config.sft
-    kept = [it for it in examples if len(it.prompt_ids) + len(it.reply_ids) <= settings.max_tokens]
-    left_out = len(examples) - len(kept)
-    if left_out:
-        report(
-            f"{left_out} of {len(examples)} examples are longer than sft.max_tokens = {settings.max_tokens}: left out"
-        )
+    steps, first = settings.epochs * -(-len(examples) // settings.batch), begun.step
+    losses = [record["loss"] for record in folder.records()]
+    started = time.monotonic() - begun.state["seconds"]
+    began = told = time.monotonic()
+    step = saved = first
+
+    def save() -> None:
+        state = begun.state | {"seconds": _since(started)}
+        folder.save(step, policy, optimizer, state, keep=config.save.keep)
+
+    while step < steps:
+        if settings.minutes and _since(started) > settings.minutes * 60:
+            report(f"sft.minutes = {settings.minutes:g} are over")
+            break
+        step += 1
+        batch = _batch(examples, settings.batch, step, config.seed)
+        loss, norm = _learn(policy, optimizer, config, batch, step, steps)
+        losses.append(loss)
+        folder.log({"step": step, "kind": "sft", "loss": loss, "gradient": norm, "seconds": _since(started)})
+        if step % _TELL_EVERY == 0 or step in (first + 1, steps) or _since(told) > _TELL_S:
+            told = time.monotonic()
+            left = _since(began) / (step - first) * (steps - step)
+            if settings.minutes:
+                left = max(0.0, min(left, settings.minutes * 60 - _since(started)))
+            words = f", about {duration(left)} left" if step < steps else ""
+            report(f"step {step}/{steps}  loss {loss:.3f}  gradient {norm:.2f}  {duration(_since(started))}{words}")
+        if step % config.save.every == 0:
+            save()
+            saved = step
+    if saved < step or step == first:
+        save()
+    few = max(1, len(losses) // 10)
+    return Finished(step, sum(losses[:few]) / few, sum(losses[-few:]) / few)
+
+
+def _short_enough(examples: list[Example], most: int, report: Report) -> list[Example]:
+    """The examples that are not too long. Raises `UserError` where there are none."""
+    kept = [it for it in examples if len(it.prompt_ids) + len(it.reply_ids) <= most]
+    if left_out := len(examples) - len(kept):
+        report(f"{left_out} of {len(examples)} examples are longer than sft.max_tokens = {most}: left out")
     if not kept:
         raise UserError("there is no example to learn from", "raise sft.max_tokens, or look at the file")
-    optimizer = make_optimizer(policy, config.optimizer)
-    per_epoch = -(-len(kept) // settings.batch)
-    steps = settings.epochs * per_epoch
-    started, losses, step = time.monotonic(), [], 0
-    for epoch in range(settings.epochs):
-        order = random.Random(f"{config.seed} {epoch}").sample(range(len(kept)), len(kept))
-        for begin in range(0, len(order), settings.batch):
-            step += 1
-            loss, norm = _learn(
-                policy, optimizer, config, [kept[i] for i in order[begin : begin + settings.batch]], step, steps
-            )
-            losses.append(loss)
-            if folder:
-                folder.log({"step": step, "kind": "sft", "loss": loss, "gradient": norm, "seconds": _since(started)})
-            if step % 10 == 0 or step == steps:
-                report(f"step {step}/{steps}  loss {loss:.3f}  gradient {norm:.2f}  {_since(started):.0f} s")
-            if settings.minutes and _since(started) > settings.minutes * 60:
-                report(f"sft.minutes = {settings.minutes:g} are over")
-                steps = step
-                break
-        if step == steps:
-            break
-    if folder:
-        folder.save(step, policy, optimizer, {"kind": "sft"}, keep=config.save.keep)
-    few = max(1, len(losses) // 10)
-    return Finished(step, sum(losses[:few]) / few, sum(losses[-few:]) / few, left_out)
+    return kept
+
+
+def _batch(examples: Sequence[Example], size: int, step: int, seed: int) -> list[Example]:
+    """What a step learns from, counted from 1: every epoch has an order of its own."""
+    epoch, place_in = divmod(step - 1, -(-len(examples) // size))
+    order = random.Random(f"{seed} {epoch}").sample(range(len(examples)), len(examples))
+    return [examples[i] for i in order[place_in * size : (place_in + 1) * size]]
 
 
 def _learn(
@@ -147,6 +184,7 @@ def _learn(
         loss.backward()
         total += float(loss.detach())
     norm = clip_and_step(policy, optimizer, config.optimizer, rate(config.optimizer, step, steps), total)
+    give_back_memory()
     return total, norm
 
 
