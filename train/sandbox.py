@@ -71,7 +71,8 @@ def require_isolation() -> None:
         reason = outcome.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise SandboxMissing(
             f"this machine gives no namespaces to isolate a program with: {reason[0]}",
-            "allow unprivileged user namespaces (kernel.unprivileged_userns_clone, container settings)",
+            "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone = 1 or "
+            "kernel.apparmor_restrict_unprivileged_userns = 0; in a container: its seccomp profile)",
         )
 
 

@@ -63,7 +63,9 @@ def _own_namespaces() -> list[tuple[str, int]]:
         ready, done = os.pipe(), os.pipe()
         helper = os.fork()
         if not helper:
-            os.read(ready[0], 1)
+            os.close(ready[1])
+            if not os.read(ready[0], 1):  # refused
+                os._exit(1)
             for name in ("uid_map", "gid_map"):
                 _write(f"/proc/{os.getppid()}/{name}", f"0 {_NOBODY} 1")
             os.write(done[1], b".")
