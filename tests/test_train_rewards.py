@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from stillhouse.train import formulas
 from stillhouse.train import rewards as module
 from stillhouse.train.config import TaskConfig
 from stillhouse.train.rewards import REWARDS, Asked, RewardFailed, Rewards, answer_in, find, same_answer
-from stillhouse.train.tasks import messages, open_task, read_items
+from stillhouse.train.tasks import Item, messages, open_task, read_items
 
 GOOD = "<think>2 and 2 make 4</think><answer>4</answer>"
 
@@ -205,6 +206,19 @@ def test_an_answer_that_contains_the_right_one_gets_nothing():
     assert part("accuracy", right, hack, columns=[item.columns] * 2) == [1.0, 0.0]
 
 
+def test_what_follows_the_thoughts_is_an_answer_where_the_tasks_own_scorer_takes_it_for_one():
+    """reasoning-gym reads <answer> alone; TRL's reasoning_accuracy_reward takes what follows the thoughts."""
+    pytest.importorskip("reasoning_gym", reason="pip install 'stillhouse[train]'")
+    item = open_task(TaskConfig(size=1, held_out_size=1)).train[0]
+    number = item.columns["answer"]
+    replies = [f"<think>a</think> {it}" for it in (number, f"<answer>{number}</answer>", f"It is {number}.")]
+    generated, of_a_file = [item.columns] * 3, [{"answer": number}] * 3
+    assert part("accuracy", *replies, columns=generated) == [0.0, 1.0, 0.0]
+    assert part("accuracy", *replies, columns=of_a_file) == [1.0, 1.0, 0.0]
+    plain = Rewards({"accuracy": 1.0, "thoughts": 0.2})(asked(*replies, columns=generated))
+    assert plain.parts["accuracy"] == [1.0, 1.0, 0.0]
+
+
 # Rewards
 
 
@@ -299,7 +313,10 @@ def test_a_reward_written_for_trl_runs_unchanged(tmp_path):
 @pytest.mark.parametrize(
     "function, words",
     {
-        "raises": (lambda completions, **_: 1 / 0, "failed: ZeroDivisionError"),
+        "raises": (lambda completions, **_: 1 / 0, r"failed in test_train_rewards\.py, line \d+: ZeroDivisionError"),
+        "leaves": (lambda completions, **_: sys.exit("bye"), r"failed in .*: SystemExit: bye"),
+        "gives nothing": (lambda completions, **_: None, "gave None in place of a list"),
+        "gives words": (lambda completions, **_: ["good"], "gave 'good' for item row 0"),
         "NaN": (lambda completions, **_: [float("nan")], "gave nan for item row 0"),
         "too few": (lambda completions, **_: [], "gave 0 values for 1 replies"),
         "hangs": (lambda completions, **_: time.sleep(60), "did not end within"),
@@ -309,8 +326,18 @@ def test_a_reward_written_for_trl_runs_unchanged(tmp_path):
 def test_a_reward_that_fails_is_told_by_its_name(monkeypatch, function, words):
     monkeypatch.setitem(REWARDS, "bad", function)
     monkeypatch.setattr(module, "TIME_LIMIT_S", 0.05)
-    with pytest.raises(RewardFailed, match=words):
+    with pytest.raises(RewardFailed, match=words) as told:
         Rewards({"bad": 1.0})(asked("x"))
+    assert "\n" not in told.value.message and "--resume" in told.value.hint
+
+
+def test_a_row_without_what_a_reward_needs_is_told_before_anything_is_asked():
+    items = [Item("q0", "a", {"answer": 1}), Item("q1", "b", {"tests": [], "answer": None})]
+    with pytest.raises(RewardFailed, match="mine: item q1 has no `answer`, which the reward accuracy needs"):
+        Rewards({"accuracy": 1.0, "format": 0.2}).check(items, "mine")
+    with pytest.raises(RewardFailed, match="item q0 has no `tests`, which the reward code needs"):
+        Rewards({"code": 1.0}).check(items, "mine")
+    Rewards({"format": 0.2, "language": 1.0, "overlong": 1.0, "random": 1.0}).check(items, "mine")
 
 
 def test_a_row_without_an_answer_is_told():

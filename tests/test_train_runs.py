@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -275,6 +276,36 @@ def test_groups_that_teach_nothing_are_asked_anew_and_end_the_run(configure, toy
         run_grpo(replace(config, out=config.out + "-2"), anyway=True, report=quiet)
 
 
+def test_replies_that_are_all_cut_off_end_the_run_which_can_be_resumed_with_more_room(configure):
+    with pytest.raises(UserError, match="nearly all replies are cut off at 8 tokens") as told:
+        run_grpo(configure(**{"guard.truncated": 0.5, "save.every": 1}), anyway=True, report=quiet)
+    assert told.value.hint == "raise grpo.max_tokens, and go on with --resume"
+    config = configure(**{"guard.truncated": 0.5, "grpo.max_tokens": 200})
+    assert run_grpo(config, resume=True, report=quiet).state.step == 4
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e4])
+def test_a_run_that_blew_up_is_told_and_goes_on_from_before(configure, lr):
+    """The step that was too large is noticed at the latest when nothing can be drawn any more."""
+    run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
+    words = r"drew nothing with the adapter|is not a number|may have an old adapter"
+    with pytest.raises(UserError, match=words) as told:
+        run_grpo(configure(**{"grpo.steps": 6, "save.every": 9, "optimizer.lr": lr}), resume=True, report=quiet)
+    assert "resume" in told.value.hint
+    assert run_grpo(configure(**{"grpo.steps": 3}), resume=True, report=quiet).state.step == 3
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_gone_on_from(configure, tmp_path):
+    run_grpo(configure(**{"grpo.steps": 4}), anyway=True, report=quiet)
+    newest = tmp_path / "run" / "checkpoints" / "000004"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"000004 is damaged: [^.\n]*$") as told:
+        open_run(configure(), resume=True, report=quiet)
+    assert told.value.hint == "delete it to go on from the one before"
+    shutil.rmtree(newest)
+    assert run_grpo(configure(), resume=True, report=quiet).state.step == 4
+
+
 def test_a_hopeless_task_is_refused_before_any_step(configure, toy):
     config = configure(**{"rewards": {f"{toy}/reward.py:nothing": 1.0}})
     with pytest.raises(UserError, match="this will not learn"):
@@ -307,10 +338,11 @@ def test_a_prompt_that_does_not_fit_is_told(configure):
 
 def test_an_adapter_of_another_rank_cannot_be_gone_on_from(configure, tmp_path):
     run_grpo(configure(**{"grpo.steps": 1}), anyway=True, report=quiet)
-    with pytest.raises(UserError, match="has rank 4"):
+    with pytest.raises(UserError, match="has rank 4") as told:
         open_run(
             configure(out=str(tmp_path / "b"), **{"lora.start": str(tmp_path / "run"), "lora.rank": 8}), resume=False
         )
+    assert told.value.hint == "--set lora.rank=4 --set lora.alpha=8"
 
 
 def test_the_served_adapter_is_the_newest(configure, tmp_path):

@@ -11,6 +11,7 @@ run1/adapter.gguf           and in llama.cpp's, for `stillhouse serve MODEL --lo
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -145,8 +146,7 @@ class RunFolder:
             return None
         adapter = load_peft(folder / "adapter")
         check_belongs_to(adapter, policy.base.fingerprint, policy.base.paths[0].name)
-        if (adapter.rank, adapter.alpha) != (policy.rank, policy.alpha):
-            raise UserError(f"{folder} has an adapter of rank {adapter.rank}, and the run asks for {policy.rank}")
+        _check_size(adapter, policy, folder)
         policy.load_adapter(adapter.matrices)
         try:
             told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ class RunFolder:
             return Restored(int(told["step"]), told["state"])
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
             hint = "delete it to go on from the one before"
-            words = str(error).partition("\n")[0]
+            words = str(error).partition("\n")[0].partition(". ")[0]  # PyTorch explains at length
             raise UserError(f"the checkpoint {folder} is damaged: {words}", hint) from None
 
     def _forget_after(self, step: int) -> None:
@@ -186,13 +186,17 @@ def start_from(policy: Policy, run: str) -> None:
     """Take another run's adapter as the beginning. Raises `UserError` where it does not fit."""
     adapter = load_peft(Path(run) / "adapter")
     check_belongs_to(adapter, policy.base.fingerprint, policy.base.paths[0].name)
+    _check_size(adapter, policy, Path(run))
+    policy.load_adapter(adapter.matrices)
+
+
+def _check_size(adapter: Adapter, policy: Policy, where: Path) -> None:
     if (adapter.rank, adapter.alpha) != (policy.rank, policy.alpha):
         raise UserError(
-            f"the adapter in {run} has rank {adapter.rank} and alpha {adapter.alpha:g}, and the run asks for "
+            f"the adapter in {where} has rank {adapter.rank} and alpha {adapter.alpha:g}, and the run asks for "
             f"{policy.rank} and {policy.alpha:g}",
-            "set lora.rank and lora.alpha to the same",
+            f"--set lora.rank={adapter.rank} --set lora.alpha={adapter.alpha:g}",
         )
-    policy.load_adapter(adapter.matrices)
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -223,4 +227,5 @@ def _write(path: Path, text: str) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}", _ROOM)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return UserError(f"{path} cannot be written: {error.strerror}", _ROOM if full else "choose another --out")

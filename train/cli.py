@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..r1.errors import UserError
 from ..r1.flags import flags_of
+from ..r1.gguf import read_header
 from .config import PRESETS, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -200,16 +201,22 @@ def _go_on(config: RunConfig) -> str:
 def _eval(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from .evaluate import by_column, difference, evaluate, form_of
+    from .rewards import Rewards
     from .rollout import find_model, open_rollouts
     from .tasks import open_task
 
     paths, folder = find_model(arguments.model or config.model.name)
     task = open_task(config.task)
     items = task.held_out[: arguments.items]
+    Rewards({"accuracy": 1.0}).check(items, config.task.held_out or config.task.name)
     base = find_model(f"{config.model.name}+{arguments.against}")[1] if arguments.against else None
     compared: dict[str, Path | None] = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
     if folder:
         compared[folder.name] = folder / "adapter.gguf"
+    for run in filter(None, (base, folder)):
+        from .export import check_belongs, load_peft
+
+        check_belongs(load_peft(run / "adapter"), [read_header(path) for path in paths])
     rollouts = open_rollouts(paths, config.rollout, config.grpo.max_tokens)
     settings = config.evaluation
     found = {}

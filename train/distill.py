@@ -43,7 +43,7 @@ class Teacher:
 
     def __init__(self, url: str, model: str | None = None, key: str = "none") -> None:
         self._url, self._key = url.rstrip("/"), key
-        self.model = model or self._call("/models", None)["data"][0]["id"]
+        self.model = model or self._of(self._call("/models", None), "data", 0, "id")
 
     def reply(self, conversation: list[dict[str, str]], max_tokens: int, temperature: float, seed: int) -> str | None:
         """One whole reply as text, thoughts in tags; `None` where it was cut off."""
@@ -54,12 +54,22 @@ class Teacher:
             "temperature": temperature,
             "seed": seed,
         }
-        choice = self._call("/chat/completions", body)["choices"][0]
+        choice = self._of(self._call("/chat/completions", body), "choices", 0)
         if choice.get("finish_reason") == "length":
             return None
-        message = choice["message"]
+        message = self._of(choice, "message")
         thoughts, content = message.get("reasoning_content") or message.get("reasoning"), message.get("content") or ""
         return f"{OPEN}\n{thoughts.strip()}\n{CLOSE}\n\n{content}" if thoughts else content
+
+    def _of(self, answer: Any, *keys: str | int) -> Any:
+        """What lies under some keys. Raises `UserError` where the server speaks another language."""
+        try:
+            for key in keys:
+                answer = answer[key]
+        except (LookupError, TypeError):
+            words = f"the teacher at {self._url} does not answer as OpenAI's servers do: it has no {keys[0]!r}"
+            raise UserError(words, "name its /v1; with --teacher-model the model") from None
+        return answer
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..r1.errors import UserError
 from .config import TaskConfig
 from .rewards import Asked, Rewards, answer_in
 from .rollout import Rollouts
@@ -122,6 +123,8 @@ def evaluate(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Have every item answered `samples` times and judged by the accuracy reward; `form`: the reward for the format."""
+    if not items:
+        raise UserError("there is no held-out item to measure with", "raise task.held_out_size, or set task.held_out")
     asked = [rollouts.ask(messages(item, task)) for item in items]
     seeds = [f"{seed} {item.id}" for item in items]
     progress(f"{len(items)} items, {samples} replies each")
@@ -139,14 +142,15 @@ def evaluate(
             max_tokens,
         )
     ).parts
-    judged = []
+    judged: list[Judged] = []
     for n, (item, replies) in enumerate(zip(items, drawn, strict=True)):
         at = slice(n * samples, (n + 1) * samples)
+        plain = form == "thoughts" or "entry" not in item.columns
         judged.append(
             Judged(
                 item.id,
                 tuple((value or 0.0) >= 1.0 for value in scored["accuracy"][at]),
-                tuple(answer_in(reply.text) for reply in replies),
+                tuple(answer_in(reply.text, plain=plain) for reply in replies),
                 tuple((value or 0.0) >= 1.0 for value in scored[form][at]),
                 tuple(reply.truncated for reply in replies),
                 tuple(len(reply.ids) for reply in replies),

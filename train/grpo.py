@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..backends.base import BackendFailed
 from ..r1.errors import UserError
 from .basemodel import read_base
 from .checkpoint import RunFolder, adapter_of, start_from
@@ -74,6 +75,8 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
     rewards = Rewards(config.rewards, config.gates)  # what is cheap to get wrong comes first
     paths, _ = find_model(config.model.name)
     task = open_task(config.task)
+    rewards.check((*task.train, *task.held_out), config.task.name)
+    Rewards({"accuracy": 1.0}).check(task.held_out[: config.evaluation.items], config.task.held_out or config.task.name)
     folder = RunFolder(Path(config.out))
     folder.begin(config, resume=resume)
     use_threads(config.rollout.threads)
@@ -156,7 +159,13 @@ class Run:
         self.state.step += 1
         self.hand_over()
         started = time.perf_counter()
-        episodes, asked = self._collect()
+        try:
+            episodes, asked = self._collect()
+        except BackendFailed as error:
+            raise UserError(
+                f"step {self.state.step} drew nothing with the adapter of the step before: {error.message}",
+                "lower optimizer.lr and go on with --resume; a checkpoint that cannot be gone on from may be deleted",
+            ) from None
         drawn_at = time.perf_counter()
         useful = not self.learner.compares or any(episode.teaches for episode in episodes)
         record: dict[str, Any] = {"step": self.state.step, "kind": "grpo"}
@@ -315,12 +324,13 @@ class Run:
         state.cut = state.cut + 1 if 0 < guard.truncated < record["truncated"] else 0
         if state.cut >= _CUT_STEPS:
             raise UserError(
-                f"nearly all replies are cut off at {self.config.grpo.max_tokens} tokens", "raise grpo.max_tokens"
+                f"nearly all replies are cut off at {self.config.grpo.max_tokens} tokens",
+                "raise grpo.max_tokens, and go on with --resume",
             )
         if state.useless >= _USELESS_STEPS:
             raise UserError(
                 f"no group taught anything for {_USELESS_STEPS} steps: all replies to a prompt get the same reward",
-                "an easier or harder task, or more replies a group; `stillhouse train probe` tells which",
+                "`stillhouse train probe` tells whether it is too easy or too hard; --resume goes on",
             )
         state.first_length = state.first_length or record["tokens"]
         reasons = []

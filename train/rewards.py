@@ -17,16 +17,21 @@ import queue
 import random
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 from ..r1.errors import UserError
 from ..r1.prompt import CLOSE, OPEN
+from .tasks import Item
 
 Reward = Callable[..., Sequence[float | None]]
+_GIVEN = ("prompts", "completions", "completion_ids", "prefixes", "truncated", "lengths", "max_tokens")
 TIME_LIMIT_S = 120.0  # for one reward and one batch
+_MEND = "mend it, or leave it out of [rewards]; the run can be resumed with --resume"
 
 _answer = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _format = re.compile(r"\s*<think>(?P<thoughts>.*?)</think>\s*(?P<answer>.*)", re.DOTALL)
@@ -79,6 +84,18 @@ class Rewards:
         self._weights = dict(weights)
         self._gates = dict(gates or {})
         self._functions = {name: find(name) for name in weights}
+        if {"accuracy", "thoughts"} <= self._functions.keys():  # a form without tags is asked for
+            self._functions["accuracy"] = partial(accuracy, plain_answers=True)
+
+    def check(self, items: Iterable[Item], where: str) -> None:
+        """Raise `RewardFailed` for an item that lacks what a reward needs, before anything is asked."""
+        for item in items:
+            for name, function in self._functions.items():
+                if lacking := [key for key in _needed(function) if item.columns.get(key) is None]:
+                    raise RewardFailed(
+                        f"{where}: item {item.id} has no `{lacking[0]}`, which the reward {name} needs",
+                        f"add `{lacking[0]}` to that row, or leave the row out, or the reward",
+                    )
 
     def __call__(self, asked: Asked) -> Scored:
         """Score a batch. Raises `RewardFailed` with the reward's name and the item."""
@@ -124,6 +141,13 @@ def find(name: str) -> Reward:
     )
 
 
+def _needed(function: Reward) -> list[str]:
+    """The columns that a reward cannot do without."""
+    wanted = inspect.signature(function).parameters
+    named = [key for key, it in wanted.items() if it.default is it.empty and it.kind is it.POSITIONAL_OR_KEYWORD]
+    return [key for key in named if key not in _GIVEN]
+
+
 def _run(name: str, function: Reward, asked: Asked) -> list[float | None]:
     """Call one reward in a thread of its own, so that one that hangs can be told."""
     conversations = [not isinstance(prompt, str) for prompt in asked.prompts]
@@ -145,34 +169,42 @@ def _run(name: str, function: Reward, asked: Asked) -> list[float | None]:
     wanted = inspect.signature(function).parameters
     if not any(it.kind is it.VAR_KEYWORD for it in wanted.values()):
         given = {key: value for key, value in given.items() if key in wanted}
-    missing = [key for key, it in wanted.items() if it.default is it.empty and it.kind is it.POSITIONAL_OR_KEYWORD]
-    for key in missing:
-        if key not in given or (key in names and any(value is None for value in given[key])):
+    for key in _needed(function):
+        if key not in given or any(value is None for value in given[key]):
             row = next((n for n, columns in enumerate(asked.columns) if columns.get(key) is None), 0)
-            raise RewardFailed(f"the reward {name} needs `{key}`, and item {asked.item_ids[row]} has none")
+            raise RewardFailed(
+                f"the reward {name} needs `{key}`, and item {asked.item_ids[row]} has none",
+                f"add `{key}` to that row, leave the row out, or the reward; the run can be resumed with --resume",
+            )
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def call() -> None:
         try:
             done.put(function(**given))
-        except Exception as error:
+        except BaseException as error:  # `sys.exit`, too: it would end this thread, and nobody would know
             done.put(error)
 
     threading.Thread(target=call, daemon=True, name=f"reward {name}").start()
     try:
         values = done.get(timeout=TIME_LIMIT_S)
     except queue.Empty:
-        raise RewardFailed(f"the reward {name} did not end within {TIME_LIMIT_S:g} s") from None
+        raise RewardFailed(f"the reward {name} did not end within {TIME_LIMIT_S:g} s", _MEND) from None
     if isinstance(values, UserError):
         raise values
-    if isinstance(values, Exception):
-        raise RewardFailed(f"the reward {name} failed: {type(values).__name__}: {values}")
-    values = list(values)
+    if isinstance(values, BaseException):
+        words = " ".join(str(values).split())  # of some libraries it has many lines
+        where = traceback.extract_tb(values.__traceback__)[-1]
+        place = f"{Path(where.filename).name}, line {where.lineno}"
+        raise RewardFailed(f"the reward {name} failed in {place}: {type(values).__name__}: {words}", _MEND)
+    try:
+        values = list(values)
+    except TypeError:
+        raise RewardFailed(f"the reward {name} gave {values!r} in place of a list of numbers", _MEND) from None
     if len(values) != len(completions):
-        raise RewardFailed(f"the reward {name} gave {len(values)} values for {len(completions)} replies")
+        raise RewardFailed(f"the reward {name} gave {len(values)} values for {len(completions)} replies", _MEND)
     for index, value in enumerate(values):
-        if value is not None and not math.isfinite(value):
-            raise RewardFailed(f"the reward {name} gave {value} for item {asked.item_ids[index]}")
+        if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+            raise RewardFailed(f"the reward {name} gave {value!r} for item {asked.item_ids[index]}", _MEND)
     return [None if value is None else float(value) for value in values]
 
 
@@ -184,22 +216,22 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else "".join(turn["content"] or "" for turn in completion)
 
 
-def answer_in(text: str) -> str | None:
+def answer_in(text: str, *, plain: bool = True) -> str | None:
     """The answer that a reply commits itself to, after its thoughts: the last <answer>, else the last \\boxed.
 
-    Without either it is all that follows closed thoughts.
+    Without either it is all that follows closed thoughts, where plain answers count.
 
     >>> answer_in("<think>2+2 <answer>5</answer></think> <answer> 4 </answer>"), answer_in("so \\\\boxed{{4}}.")
     ('4', '{4}')
-    >>> answer_in("<think>2+2</think> four"), answer_in("four")
-    ('four', None)
+    >>> answer_in("<think>2+2</think> four"), answer_in("four"), answer_in("<think>2+2</think> four", plain=False)
+    ('four', None, None)
     """
     _, closed, said = text.rpartition(CLOSE)
     if tagged := _answer.findall(said):
         return tagged[-1].strip()
     start = said.rfind("\\boxed{")
     if start < 0:
-        return (said.strip() or None) if closed else None
+        return (said.strip() or None) if closed and plain else None
     depth, begin = 0, start + len("\\boxed{")
     for place in range(begin - 1, len(said)):
         depth += {"{": 1, "}": -1}.get(said[place], 0)
@@ -227,13 +259,19 @@ def same_answer(given: str, wanted: str) -> bool:
 # Rewards
 
 
-def accuracy(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where the reply's answer is the item's, else 0. Generated tasks are judged by their own scorer, strictly."""
+def accuracy(
+    completions: Sequence[Any], answer: Sequence[Any], plain_answers: bool = False, **columns: Any
+) -> list[float]:
+    """1 where the reply's answer is the item's, else 0. Generated tasks are judged by their own scorer, strictly.
+
+    reasoning-gym reads <answer> alone: what merely follows the thoughts counts for its tasks where `plain_answers` are
+    asked for, and for those of a file.
+    """
     entries = columns.get("entry") or [None] * len(completions)
     names = columns.get("generator") or [None] * len(completions)
     scores = []
     for completion, wanted, entry, name in zip(completions, answer, entries, names, strict=True):
-        given = answer_in(text_of(completion))
+        given = answer_in(text_of(completion), plain=plain_answers or entry is None)
         if given is None:
             scores.append(0.0)
         elif same_answer(given, str(wanted)):
