@@ -19,7 +19,6 @@ from stillhouse.train.config import load_config
 from stillhouse.train.distill import Teacher, distill
 from stillhouse.train.evaluate import Evaluation, Judged, bootstrap, chance_of_one, difference, wilson
 from stillhouse.train.reflect import reflections
-from stillhouse.train.report import write_report
 from stillhouse.train.tasks import Item
 
 
@@ -148,28 +147,13 @@ def test_a_file_of_something_else_is_not_collected_into(teacher, tmp_path):
     assert output.read_text(encoding="utf-8") == '{"prompt": "mine"}\n'
 
 
-def test_a_teacher_that_is_not_there_is_told():
+def test_a_teacher_that_is_not_there_or_is_something_else_is_told(teacher, monkeypatch):
     with pytest.raises(UserError, match="cannot be asked"):
         Teacher("http://127.0.0.1:9/v1")
-
-
-# The report
-
-
-def test_the_report_shows_curves_evaluations_and_escaped_samples(tmp_path):
-    (tmp_path / "config.toml").write_text('out = "<run>"\n', encoding="utf-8")
-    steps = [{"step": n, "kind": "grpo", "reward": n / 9, "entropy": 1.0, "reward_format": 0.5} for n in range(1, 9)]
-    found = {"step": 8, "kind": "evaluation", "pass_1": [0.5, 0.4, 0.6], "items": 9, "format": 1.0, "truncated": 0.0}
-    records = [*steps, {**found, "tokens": 12.0}]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    said = {"step": 1, "item": "q", "text": "<script>wait</script>", "reward": 1.0, "tokens": 4, "advantage": 0.5}
-    said["parts"] = {"accuracy": 1.0}
-    (tmp_path / "completions.jsonl").write_text(json.dumps(said), encoding="utf-8")
-    page = write_report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("<polyline") == 3
-    assert "0.500<td>0.400 to 0.600" in page and "&lt;script&gt;wait" in page and "<script" not in page
-    with pytest.raises(UserError, match="no run with a log"):
-        write_report(tmp_path / "none", tmp_path / "x.html")
+    for answer in ({}, {"choices": []}, [], None):
+        monkeypatch.setattr(Teacher, "_call", lambda *_, answer=answer: answer)
+        with pytest.raises(UserError, match="does not answer as OpenAI's servers do"):
+            Teacher(teacher, "big").reply([], 1, 1.0, 0)
 
 
 # The command
@@ -251,6 +235,9 @@ def test_from_probe_to_served_adapter_by_commands_alone(random_model, tmp_path, 
     rows = [json.loads(line) for line in Path("replies.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["model"] for row in rows] == ["base"] * 8 + ["run1"] * 8 and rows[0]["prompt"] and rows[0]["answer"]
     assert found["run1"]["format"] > found["base"]["format"] == 0.0 and math.isfinite(found["gain"][0])
+    random_model.write_model(Path("other.gguf"), kv_heads=1, norm=0.5, seed=3)
+    assert main(["train", "eval", "--config", "run.toml", "--model", "other.gguf+run1"]) == 2
+    assert "trained on toy.gguf, and other.gguf has other weights" in capsys.readouterr().err
     told = train("eval", "--config", "run.toml", "--model", "toy.gguf+run1", "--against", "cold", "--json")
     assert set(json.loads(told)) == {"cold", "run1", "gain"}
     for kind, name in {"gguf-lora": "adapter.gguf", "mlx": "mlx", "merged": "merged.gguf"}.items():

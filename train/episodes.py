@@ -73,6 +73,7 @@ def completions(step: int, episodes: list[Episode]) -> list[dict[str, Any]]:
         {
             "step": step,
             "item": episode.item.id,
+            "prompt": episode.item.question,
             "text": reply.text,
             "reward": reward,
             "parts": part,

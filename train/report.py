@@ -4,58 +4,95 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..r1.clock import duration
 from ..r1.errors import UserError
+from .curves import STYLE, Line, draw
 from .reflect import LISTS, reflects
 
-_WIDTH, _HEIGHT, _MARGIN = 420, 150, 34
-_CURVES = (  # key in the log, title
-    ("reward", "reward"),
-    ("useful", "groups that teach something"),
-    ("tokens", "tokens a reply"),
-    ("truncated", "replies cut off"),
-    ("entropy", "entropy, nats a token"),
-    ("loss", "loss (0 by design where old and new policy are the same)"),
-    ("gradient", "gradient norm"),
-    ("change", "adapter beside the weights"),
-    ("mismatch_kl", "KL between engine and trainer, nats a token"),
-    ("mismatch_ess", "effective share of the replies"),
+_CURVES = (  # title; keys in the log, with a label where there are two
+    ("groups that teach something", {"useful": ""}),
+    ("tokens a reply", {"tokens_right": "right", "tokens_wrong": "wrong"}),
+    ("replies cut off", {"truncated": ""}),
+    ("replies with second thoughts", {"r1": "R1's list", "oat": "oat's"}),
+    ("entropy, nats a token", {"entropy": ""}),
+    ("gradient norm", {"gradient": ""}),
+    ("size of the change", {"change": ""}),
+    ("KL from the base, nats a token", {"kl_base": ""}),
+    ("KL between engine and trainer", {"mismatch_kl": ""}),
+    ("effective share of the replies", {"mismatch_ess": "", "mismatch_ess_applied": "corrected"}),
+    ("seconds a step", {"rollout_s": "rollouts", "update_s": "update"}),
 )
-_SAMPLES = 6
+_GROUPS = 3  # of samples, at the beginning and at the end
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1, h2 { font-weight: 600 } figure { display: inline-block; margin: 0 1em 1em 0 } figcaption { font-size: 13px }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: .7em; border-radius: 4px; font-size: 13px }
-td, th { text-align: left; padding: .15em 1em .15em 0; font-variant-numeric: tabular-nums } svg text { font-size: 11px }
-.right { border-left: 3px solid #2a7 } .wrong { border-left: 3px solid #c55 }
+:root { color-scheme: light dark; --text: #1d2023; --dim: #5c646b; --page: #fff; --box: #f4f5f6; --rule: #e2e5e8;
+  --right: #16794a; --wrong: #b3372f; --line0: #1f6fb2; --line1: #b05a00 }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e6e8; --dim: #9aa2a9; --page: #16181a; --box: #212427;
+  --rule: #33383c; --right: #4cc38a; --wrong: #f2776d; --line0: #64b0ec; --line1: #f0a04b } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere }
+h1, h2 { font-weight: 600; line-height: 1.2 } h2 { margin-top: 1.8em } h3 { margin: 1.4em 0 .2em; font-size: 1em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box); padding: .6em .8em; margin: .3em 0 .9em;
+  border-radius: 4px; border-left: 4px solid var(--rule); font: 14px/1.5 ui-monospace, monospace }
+.scroll { overflow-x: auto } table { border-collapse: collapse } summary { cursor: pointer }
+td, th { text-align: left; padding: .2em 1.2em .2em 0; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { font-weight: normal; color: var(--dim) } .dim { color: var(--dim) } .told { margin: 0; font-size: 14px }
+pre.right { border-color: var(--right) } pre.wrong { border-color: var(--wrong) }
+b.right { color: var(--right) } b.wrong { color: var(--wrong) }
 """
+_HEAD = (
+    "<!doctype html><html lang=en><meta charset=utf-8>"
+    '<meta name=viewport content="width=device-width, initial-scale=1">'
+)
 
 
 def write_report(folder: Path, output: Path) -> Path:
-    """Write the page. Raises `UserError` where there is no run."""
+    """Write the page. Raises `UserError` where there is no run, or no room for the page."""
     records = _records(folder / "log.jsonl")
     if not records:
         raise UserError(f"there is no run with a log in {folder}", "name the folder of a run")
     completions = _records(folder / "completions.jsonl")
     steps = [record for record in records if record["kind"] in ("grpo", "sft")]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    config = (folder / "config.toml").read_text(encoding="utf-8")
+    config = folder / "config.toml"
+    name = html.escape(folder.resolve().name)
     parts = [
-        f"<h1>{html.escape(folder.name)}</h1>",
+        f"{_HEAD}<title>{name}</title><style>{_STYLE}{STYLE}</style><h1>{name}</h1>",
+        _summary(steps, evaluations),
         _evaluations(evaluations),
-        "<h2>Curves</h2>",
-        *(_curve(steps, key, title) for key, title in _CURVES),
-        *(_curve(steps, key, key.replace("_", ": ", 1)) for key in sorted(steps[0]) if key.startswith("reward_")),
+        _curves(steps, evaluations, [record["step"] for record in records if record["kind"] == "rollback"]),
         _thoughts(completions),
         _samples(completions),
-        f"<h2>Configuration</h2><pre>{html.escape(config)}</pre>",
     ]
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title><style>{_STYLE}</style>"
-    output.write_text(page + "\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    if config.exists():
+        told = html.escape(config.read_text(encoding="utf-8"))
+        parts.append(f"<h2>Configuration</h2><details><summary>every setting</summary><pre>{told}</pre></details>")
+    try:
+        output.write_text("\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}", "name another file with --output") from None
     return output
+
+
+def _summary(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+    """A line on what this was: how many steps, how long, how good before and after."""
+    words = []
+    if steps:
+        last = steps[-1]
+        seconds = last.get("seconds") or sum(it.get("rollout_s", 0.0) + it.get("update_s", 0.0) for it in steps)
+        kind = {"sft": "supervised fine-tuning", "grpo": "reinforcement learning"}[last["kind"]]
+        count = f"{last['step']} step{'s' if last['step'] > 1 else ''}"
+        words.append(f"{count} of {kind} in {duration(seconds)}")
+        if peak := max((it.get("peak_gb", 0.0) for it in steps), default=0.0):
+            words.append(f"{peak:.1f} GB at most")
+    if evaluations and (count := evaluations[-1]["items"]):
+        before, after = (evaluations[n]["pass_1"][0] for n in (0, -1))
+        change = f"{before:.2f} to {after:.2f}" if len(evaluations) > 1 else f"{after:.2f}"
+        words.append(f"pass@1 {change} on {count} held-out item{'s' if count > 1 else ''}")
+    return f"<p>{html.escape(', '.join(words))}" if words else ""
 
 
 def _evaluations(records: list[dict[str, Any]]) -> str:
@@ -67,32 +104,40 @@ def _evaluations(records: list[dict[str, Any]]) -> str:
         for it in records
     )
     head = "<tr><th>step<th>pass@1<th>95 %<th>format<th>cut off<th>tokens<th>items"
-    return f"<h2>Held-out items</h2><table>{head}{rows}</table>"
+    return f"<h2>Held-out items</h2><div class=scroll><table>{head}{rows}</table></div>"
 
 
-def _curve(records: Sequence[dict[str, Any]], key: str, title: str) -> str:
-    """One line over the steps, as SVG."""
-    points = [(it["step"], float(it[key])) for it in records if isinstance(it.get(key), (int, float))]
-    if len(points) < 2:
-        return ""
-    steps, values = zip(*points, strict=True)
-    low, high = min(values), max(values)
-    span, length = high - low or 1.0, max(1, steps[-1] - steps[0])
-    inner_width, inner_height = _WIDTH - 2 * _MARGIN, _HEIGHT - _MARGIN
-
-    def place(step: float, value: float) -> str:
-        x = _MARGIN + (step - steps[0]) / length * inner_width
-        return f"{x:.1f},{8 + (high - value) / span * (inner_height - 8):.1f}"
-
-    line = " ".join(place(*point) for point in points)
-    return (
-        f"<figure><svg width={_WIDTH} height={_HEIGHT} role=img aria-label='{html.escape(title)}'>"
-        f"<polyline points='{line}' fill=none stroke='#27a' stroke-width=1.5 />"
-        f"<text x=0 y=14>{high:.3g}</text><text x=0 y={inner_height}>{low:.3g}</text>"
-        f"<text x={_MARGIN} y={_HEIGHT - 8}>step {steps[0]}</text>"
-        f"<text x={_WIDTH - 60} y={_HEIGHT - 8}>{steps[-1]}</text></svg>"
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], rollbacks: list[int]) -> str:
+    """What changed from step to step; a broken line where a guard went back to the best checkpoint."""
+    flat = [it | (it.get("reflections") or {}) for it in steps]
+    judged = Line(
+        "",
+        [(it["step"], it["pass_1"][0]) for it in evaluations],
+        [(it["pass_1"][1], it["pass_1"][2]) for it in evaluations],
     )
+    is_sft = any(it["kind"] == "sft" for it in steps)
+    loss = "loss, nats a token" if is_sft else "loss (0 by design)"
+    parts = sorted({key for it in flat for key in it if key.startswith("reward_")})
+    figures = [
+        draw("pass@1 on held-out items", [judged], rollbacks),
+        *([draw(loss, _lines(flat, {"loss": ""}))] if is_sft else []),
+        draw("reward", _lines(flat, {"reward": ""}), rollbacks),
+        *(draw(key.replace("_", ": ", 1), _lines(flat, {key: ""}), rollbacks) for key in parts),
+        *(draw(title, _lines(flat, keys), rollbacks) for title, keys in _CURVES),
+        *([] if is_sft else [draw(loss, _lines(flat, {"loss": ""}), rollbacks)]),
+    ]
+    drawn = "".join(figures)
+    if not drawn:
+        return ""
+    note = "<p class=dim>Broken lines: a guard went back to the best checkpoint." if rollbacks else ""
+    return f"<h2>Curves</h2>{note}<div class=curves>{drawn}</div>"
+
+
+def _lines(records: list[dict[str, Any]], keys: Mapping[str, str]) -> list[Line]:
+    return [
+        Line(label, [(it["step"], float(it[key])) for it in records if isinstance(it.get(key), (int, float))])
+        for key, label in keys.items()
+    ]
 
 
 def _thoughts(completions: list[dict[str, Any]]) -> str:
@@ -110,7 +155,7 @@ def _thoughts(completions: list[dict[str, Any]]) -> str:
             rows.append(f"<td>{_right(with_words)}<td>{_right(without)}")
     head = "<tr><th>list<th>when<th>replies with such words<th>right, with them<th>right, without"
     note = "<p>Words that sound like second thoughts, as others count them. That they are there says nothing yet."
-    return f"<h2>Second thoughts</h2>{note}<table>{head}{''.join(rows)}</table>"
+    return f"<h2>Second thoughts</h2>{note}<div class=scroll><table>{head}{''.join(rows)}</table></div>"
 
 
 def _right(records: list[dict[str, Any]]) -> str:
@@ -118,16 +163,38 @@ def _right(records: list[dict[str, Any]]) -> str:
 
 
 def _samples(completions: list[dict[str, Any]]) -> str:
-    if not completions:
+    """Of some prompts at the beginning and at the end the best and the worst reply."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for it in completions:
+        groups.setdefault((it["step"], it["item"]), []).append(it)
+    if not groups:
         return ""
+    chosen = list(groups.values())
+    few = min(_GROUPS, max(1, len(chosen) // 2))
     parts = ["<h2>Samples</h2>"]
-    for when, chosen in (("first", completions[:_SAMPLES]), ("last", completions[-_SAMPLES:])):
-        parts.append(f"<h3>The {when}</h3>")
-        for it in chosen:
-            kind = "right" if it["advantage"] > 0 else "wrong"
-            told = f"step {it['step']}, {it['item']}, reward {it['reward']:.2f}, {it['tokens']} tokens"
-            parts.append(f"<p>{html.escape(told)}<pre class={kind}>{html.escape(it['text'])}</pre>")
+    for when, some in (("at the beginning", chosen[:few]), ("at the end", chosen[few:][-few:])):
+        for group in some:
+            best, worst = max(group, key=_reward), min(group, key=_reward)
+            shown = [best] if _reward(best) == _reward(worst) else [best, worst]
+            parts.append(f"<h3>Step {best['step']}, {when}: {html.escape(str(best['item']))}</h3>")
+            if asked := best.get("prompt"):
+                parts.append(f"<p class=told>{html.escape(asked)}")
+            parts += [_sample(it, len(group)) for it in shown]
     return "".join(parts)
+
+
+def _reward(record: dict[str, Any]) -> float:
+    return record["reward"]
+
+
+def _sample(it: dict[str, Any], among: int) -> str:
+    accuracy = it.get("parts", {}).get("accuracy")
+    kind = "" if accuracy is None else "right" if accuracy >= 1 else "wrong"
+    cut = ", cut off" if it.get("truncated") else ""
+    told = f"reward {it['reward']:.2f}, {it['tokens']} tokens{cut}, one of {among}"
+    thoughts, closed, rest = html.escape(it["text"]).partition("&lt;/think&gt;")
+    text = f"<span class=dim>{thoughts}{closed}</span>{rest}" if closed else thoughts
+    return f"<p class=told><b class='{kind}'>{kind}</b> <span class=dim>{told}</span><pre class='{kind}'>{text}</pre>"
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
