@@ -82,7 +82,7 @@ def quantize_parser() -> Flags:
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--force", action="store_true", help="replace files that are there")
     add("--allow-requantize", action="store_true", help="quantize what is quantized already; it loses twice")
-    add("--threads", type=int, default=0, metavar="N", help="(default: one a core)")
+    add("--threads", type=int, default=0, metavar="N", help="(default: OMP_NUM_THREADS, or one a core)")
     add("--offline", action="store_true", help="do not ask the hub")
     return parser
 
@@ -93,7 +93,7 @@ def verify_parser() -> Flags:
     parser.add_argument("file", type=Path, help="a GGUF file")
     parser.add_argument("--source", default="", metavar="SRC", help="what it was made from: a folder or a hub id")
     parser.add_argument("--strings", type=int, default=10_000, metavar="N", help="tokenized by both (default: 10000)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="(default: one a core)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="(default: OMP_NUM_THREADS, or one a core)")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub")
     return parser
 

@@ -55,7 +55,7 @@ def calibrate_parser() -> Flags:
     add("--seed", type=int, default=0, metavar="N", help="of the first trace; each next one has the next (default: 0)")
     add("--parallel", type=int, default=4, metavar="N", help="replies in progress at once (default: 4)")
     add("--context", type=int, default=0, metavar="TOKENS", help="prompt and reply together (default: what fits)")
-    add("--threads", type=int, default=0, metavar="N", help="(default: one a core)")
+    add("--threads", type=int, default=0, metavar="N", help="(default: OMP_NUM_THREADS, or one a core)")
     return parser
 
 
@@ -75,7 +75,7 @@ def measure_parser() -> Flags:
     add("--context", type=int, default=512, metavar="TOKENS", help="a chunk (default: 512)")
     add("--max-kld", type=float, default=0.0, metavar="X", help="exit with 5 where the mean KL divergence is more")
     add("--json", action="store_true", help="print JSON")
-    add("--threads", type=int, default=0, metavar="N", help="(default: one a core)")
+    add("--threads", type=int, default=0, metavar="N", help="(default: OMP_NUM_THREADS, or one a core)")
     add("--offline", action="store_true", help="do not ask the hub")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch", reason="training needs torch: pip install '
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 
 from stillhouse.r1.errors import UserError  # noqa: E402 - only where torch is
-from stillhouse.train import checkpoint, export, live  # noqa: E402
+from stillhouse.train import checkpoint, export, live, rewards  # noqa: E402
 from stillhouse.train.grpo import Run, open_run, run_grpo  # noqa: E402
 from stillhouse.train.probe import probe  # noqa: E402
 from stillhouse.train.rollout import Rollouts  # noqa: E402
@@ -160,6 +161,53 @@ def test_a_reply_that_was_cut_off_is_not_learned_from_where_that_is_wanted(confi
 
 
 # What goes wrong
+
+
+BRITTLE = """
+from pathlib import Path
+
+def brittle(completions, **_):
+    if Path(__file__).with_name("break").exists():
+        {failure}
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    "failure, words",
+    {
+        "raises": ("raise OSError('no route')", r"failed in brittle\.py, line 6: OSError: no route"),
+        "hangs": ("__import__('time').sleep(60)", r"did not end within 0\.5 s"),
+        "gives NaN": ("return [float('nan')] * len(completions)", r"gave nan for item q\d"),
+    }.values(),
+)
+def test_a_run_whose_reward_failed_goes_on_once_it_is_mended_as_if_nothing_had_been(
+    configure, tmp_path, monkeypatch, failure, words
+):
+    monkeypatch.setattr(rewards, "TIME_LIMIT_S", 0.5)
+    (tmp_path / "brittle.py").write_text(BRITTLE.format(failure=failure), encoding="utf-8")
+    fields = {"rewards": {f"{tmp_path}/brittle.py:brittle": 1.0}}
+    whole = run_grpo(configure(**fields), anyway=True, report=quiet)
+    config = configure(**fields, out=str(tmp_path / "second"))
+
+    def stop_working(said: str) -> None:
+        if said.startswith("step 3/"):
+            (tmp_path / "break").touch()
+
+    with pytest.raises(UserError, match=words):
+        run_grpo(config, anyway=True, report=stop_working)
+    (tmp_path / "break").unlink()
+    again = run_grpo(config, resume=True, report=quiet)
+    assert same(weights(whole), weights(again)) and steps_of(whole) == steps_of(again)
+
+
+def test_a_row_without_an_answer_is_told_before_a_model_is_loaded(configure, tmp_path):
+    rows = [{"id": f"q{n}", "prompt": f"say {n}", "answer": str(n) if n != 5 else None} for n in range(12)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    fields = {"task.name": str(tmp_path / "task.jsonl"), "rewards": {"accuracy": 1.0}}
+    with pytest.raises(UserError, match=r"task\.jsonl: item q5 has no `answer`, which the reward accuracy needs"):
+        open_run(configure(**fields), report=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 class Forgetful(Rollouts):

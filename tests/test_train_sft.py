@@ -129,6 +129,27 @@ def test_a_run_is_gone_on_with_on_its_own_examples_and_by_its_own_command(config
         run_sft(configure(out=str(tmp_path / "grpo")), data, quiet, resume=True)
 
 
+def test_a_step_that_gives_no_number_is_not_taken_and_the_run_goes_on_from_before(configure, tmp_path, data):
+    run_sft(configure(**RESUMED | {"sft.epochs": 1}), data, quiet)
+    before = (tmp_path / "run" / "adapter.gguf").read_bytes()
+    with pytest.raises(UserError, match="is not a number; this step was not taken") as told:
+        run_sft(configure(**RESUMED, **{"optimizer.lr": 1e30}), data, quiet, resume=True)
+    assert "--resume" in told.value.hint
+    assert (tmp_path / "run" / "adapter.gguf").read_bytes() == before
+    assert run_sft(configure(**RESUMED), data, quiet, resume=True).steps == 16
+
+
+def test_another_base_is_refused_and_changes_nothing(configure, tmp_path, data, random_model):
+    run_sft(configure(**RESUMED | {"sft.epochs": 1}), data, quiet)
+    told = (tmp_path / "run" / "config.toml").read_bytes()
+    other = str(random_model.write_model(tmp_path / "other.gguf", kv_heads=1, seed=3))
+    with pytest.raises(UserError, match=r"trained on toy\.gguf, and other\.gguf has other weights"):
+        run_sft(configure(**RESUMED, **{"model.name": other}), data, quiet, resume=True)
+    with pytest.raises(UserError, match="has other weights"):
+        run_sft(configure(out=str(tmp_path / "b"), **{"model.name": other, "lora.start": str(tmp_path / "run")}), data)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == told
+
+
 def test_memory_is_given_back_after_every_step(configure, data, monkeypatch):
     given: list[int] = []
     monkeypatch.setattr("stillhouse.train.sft.give_back_memory", lambda: given.append(1) or update.give_back_memory())

@@ -92,6 +92,7 @@ def _texts(values: Sequence[float]) -> list[str]:
     >>> _texts([0.4561, 0.375]), _texts([0.004812, 0.004811]), _texts([3.3e-5, 0]), _texts([1, 1])
     (['0.456', '0.375'], ['0.004812', '0.004811'], ['3.3e-05', '0'], ['1', '1'])
     """
+    texts: list[str] = []
     for digits in range(3, 7):
         texts = [f"{value:.{digits}g}" for value in values]
         if len({*texts}) == len({*values}):

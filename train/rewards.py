@@ -89,12 +89,13 @@ class Rewards:
 
     def check(self, items: Iterable[Item], where: str) -> None:
         """Raise `RewardFailed` for an item that lacks what a reward needs, before anything is asked."""
+        needed = [(name, key) for name, function in self._functions.items() for key in _needed(function)]
         for item in items:
-            for name, function in self._functions.items():
-                if lacking := [key for key in _needed(function) if item.columns.get(key) is None]:
+            for name, key in needed:
+                if item.columns.get(key) is None:
                     raise RewardFailed(
-                        f"{where}: item {item.id} has no `{lacking[0]}`, which the reward {name} needs",
-                        f"add `{lacking[0]}` to that row, or leave the row out, or the reward",
+                        f"{where}: item {item.id} has no `{key}`, which the reward {name} needs",
+                        f"add `{key}` to that row, or leave the row out, or the reward",
                     )
 
     def __call__(self, asked: Asked) -> Scored:

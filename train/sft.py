@@ -94,7 +94,7 @@ def run_sft(config: RunConfig, data: Path, report: Report = print, *, resume: bo
     if config.lora.start and not restored:
         start_from(policy, config.lora.start)
     mark = hashlib.sha256(repr([(it.prompt_ids, it.reply_ids) for it in examples]).encode()).hexdigest()
-    if restored and restored.state["examples"] != mark:
+    if restored and restored.state.get("examples") != mark:
         raise UserError(
             f"the examples are not those that the run in {config.out} has learned from so far",
             "go on with the same data, task and sft.max_tokens, or choose another --out",

@@ -57,7 +57,7 @@ def clip_and_step(
     if not (math.isfinite(norm) and math.isfinite(loss)):
         raise UserError(
             f"the loss ({loss}) or its gradient ({norm}) is not a number; this step was not taken",
-            "lower optimizer.lr; the run can be resumed with --resume",
+            "lower optimizer.lr and go on with --resume; a checkpoint that cannot be gone on from may be deleted",
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
