@@ -303,6 +303,21 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(configure, file):
     assert sorted(path.name for path in (run.folder.path / "checkpoints").iterdir()) == ["000002"]
 
 
+def test_a_full_disk_leaves_the_adapter_that_is_served_whole(configure):
+    """Every way in which a file may end too early: in its header, in a tensor, in the last bytes."""
+    run = run_grpo(configure(**{"grpo.steps": 1}), anyway=True, report=quiet)
+    path = run.folder.path / "adapter.gguf"
+    before = path.read_bytes()
+    with torch.no_grad():
+        run.policy.parameters()[0].add_(1)
+    for size in (100, len(before) // 2, len(before) - 3000, len(before) - 40):
+        with no_room_beyond(size), pytest.raises(UserError, match=r"adapter\.gguf could not be written: "):
+            export.save_gguf(checkpoint.adapter_of(run.policy), path)
+        assert path.read_bytes() == before and not path.with_name("adapter.gguf.partial").exists()
+    export.save_gguf(checkpoint.adapter_of(run.policy), path)
+    assert path.read_bytes() != before
+
+
 def test_a_full_disk_leaves_log_and_configuration_whole(configure):
     run = run_grpo(configure(**{"grpo.steps": 2}), anyway=True, report=quiet)
     files = [run.folder.path / name for name in ("log.jsonl", "completions.jsonl", "config.toml")]

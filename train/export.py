@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,24 +107,30 @@ def save_gguf(adapter: Adapter, path: Path, *, half: bool = False) -> None:
     width = np.float16 if half else np.float32
 
     partial = path.with_name(path.name + ".partial")
+    writer = gguf.GGUFWriter(partial, adapter.shape.architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", adapter.alpha)
+    for module, tensor in linear_names(adapter.shape).items():
+        a, b = (it.detach().float().cpu().numpy() for it in adapter.matrices[module])
+        writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a, width))
+        writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape).astype(width))
     try:
-        writer = gguf.GGUFWriter(partial, adapter.shape.architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", adapter.alpha)
-        for module, tensor in linear_names(adapter.shape).items():
-            a, b = (it.detach().float().cpu().numpy() for it in adapter.matrices[module])
-            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a, width))
-            writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape).astype(width))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+        assert writer.fout
+        size = writer.fout[0].tell()
         writer.close()
+        if partial.stat().st_size < size:  # NumPy does not say that the last bytes of a tensor found no room
+            raise OSError("it is cut short")
         os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            writer.close()
         partial.unlink(missing_ok=True)
-        words = error.strerror or str(error)  # NumPy's have no number
-        raise UserError(f"{path} could not be written: {words}", "make room on the disk") from None
+        hint = "make room on the disk; what was there is whole"
+        raise UserError(f"{path} could not be written: {error.strerror or error}", hint) from None
 
 
 def save_mlx(adapter: Adapter, folder: Path) -> None:
