@@ -190,6 +190,13 @@ def test_comparing_formulas_says_nothing_in_a_runs_output(algebra, capfd, caplog
     assert (said.out, said.err, caplog.records) == ("", "", [])
 
 
+def test_an_algebra_that_does_not_start_is_told_and_not_taken_for_a_wrong_answer(algebra, monkeypatch):
+    algebra.close()
+    monkeypatch.setattr(algebra, "__file__", "nowhere.py")
+    with pytest.raises(RewardFailed, match="math-verify does not start in a process of its own"):
+        part("accuracy", "<answer>(1/2)</answer>", columns=[{"answer": "2/4"}])
+
+
 def test_an_answer_that_an_algebra_never_ends_with_is_not_right_and_stops_nothing(algebra, monkeypatch):
     same_answer("(1)", "1/1")  # started
     monkeypatch.setattr(algebra, "TIME_LIMIT_S", 0.3)

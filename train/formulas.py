@@ -11,6 +11,7 @@ import atexit
 import importlib.util
 import json
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 TIME_LIMIT_S = 5.0  # for one comparison
 _START_S = 120.0  # SymPy is large, and the machine may be busy
+_LONG_S = 60
 _MEMORY = 2 << 30  # bytes of address space
 _lock = threading.Lock()
 _process: subprocess.Popen[bytes] | None = None
@@ -42,14 +44,18 @@ def same_formula(given: str, wanted: str) -> bool:
 def close() -> None:
     """End the other process, if there is one."""
     global _process
-    if _process is None:
-        return
-    _process.kill()
-    for stream in (_process.stdin, _process.stdout):
+    if _process is not None:
+        _end(_process)
+        _process = None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin and process.stdout
+    process.kill()
+    for stream in (process.stdin, process.stdout):
         with suppress(OSError):
-            stream.close()  # pyright: ignore[reportOptionalMemberAccess] - both are pipes
-    _process.wait()
-    _process = None
+            stream.close()
+    process.wait()
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -61,7 +67,9 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is not for it
     )
-    _ask(process, b"", _START_S)  # "ready"
+    if _ask(process, b"", _START_S) != b"ready\n":
+        _end(process)
+        raise RuntimeError("math-verify does not start in a process of its own")
     return process
 
 
@@ -84,15 +92,19 @@ def _serve() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    folder = Path(__file__).parent  # where files have names that others may ask for
+    sys.path[:] = [path for path in sys.path if Path(path).absolute() != folder]
     from math_verify import parse, verify
 
     no_limit: dict[str, Any] = {"parsing_timeout": None}  # whoever asks has one
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
+        signal.alarm(_LONG_S)  # ends this process, where nobody is left who would
         gold, reply = (parse(f"${text}$", **no_limit) for text in reversed(json.loads(line)))
         sys.stdout.write(f"{int(verify(gold, reply, timeout_seconds=None))}\n")
         sys.stdout.flush()
+        signal.alarm(0)
 
 
 atexit.register(close)
