@@ -2,7 +2,7 @@
 
 A chain costs by the candidate: over a whole vocabulary, its softmax and sorting take longer than all else that a token
 costs outside `llama_decode`. So the likeliest tokens are shortlisted first where that is as good: the likeliest of all
-for a temperature of 0, the nucleus for top-p.
+for a temperature of 0, the nucleus for top-p; and where nothing is left out, as in training, the token drawn.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -11,6 +11,7 @@ for a temperature of 0, the nucleus for top-p.
 from __future__ import annotations
 
 import ctypes
+import random
 from collections.abc import Sequence
 
 import llama_cpp as C
@@ -23,6 +24,7 @@ from .sampling import seed32
 
 Row = NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_BLOCK = 256  # tokens whose weights are added up at once
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run on across these
 
 
@@ -30,7 +32,8 @@ class LlamaSampler:
     """Draws the tokens of one reply, in C."""
 
     __slots__ = (
-        "_array", "_biased", "_biases", "_candidates", "_chain", "_memories", "_shortlist", "_temperature", "_top_p"
+        "_array", "_biased", "_biases", "_candidates", "_chain", "_memories", "_random", "_shortlist", "_temperature",
+        "_top_p",
     )  # fmt: skip
 
     def __init__(self, vocabulary: LlamaVocabulary, request: GenerationRequest, shortlist: Shortlist) -> None:
@@ -67,6 +70,8 @@ class LlamaSampler:
         plain = C.llama_sampler_chain_n(self._chain) == 0 and sampling.top_k <= 0 and sampling.typical_p >= 1
         self._temperature = sampling.temperature
         self._top_p = sampling.top_p if plain and (sampling.top_p < 1 or sampling.temperature <= 0) else None
+        everything = plain and self._top_p is None and sampling.min_p <= 0 and sampling.xtc_probability <= 0
+        self._random = random.Random(seed) if everything else None
         if sampling.temperature <= 0:
             self._add(C.llama_sampler_init_greedy())
             return
@@ -96,6 +101,8 @@ class LlamaSampler:
         """
         if self.has_biases:
             logits[self._biased] += self._biases
+        if self._random is not None:
+            return self._shortlist.draw(logits, self._temperature, self._random.random())
         if self._top_p is None:
             return C.llama_sampler_sample(self._chain, context, place)
         ids = self._shortlist.find(logits, self._temperature, self._top_p)
@@ -143,22 +150,20 @@ class LlamaSampler:
 class Shortlist:
     """Finds the likeliest tokens of rows of logits; its working memory serves one row after the other."""
 
-    __slots__ = ("_is_likely", "_ones", "_weights")
+    __slots__ = ("_blocks", "_is_likely", "_ones", "_weights")
 
     def __init__(self, vocabulary_size: int) -> None:
-        self._ones = np.ones(vocabulary_size, np.float32)
-        self._weights = np.empty(vocabulary_size, np.float32)
+        whole_blocks = np.zeros(-(-vocabulary_size // _BLOCK) * _BLOCK, np.float32)
+        self._weights, self._blocks = whole_blocks[:vocabulary_size], whole_blocks.reshape(-1, _BLOCK)
+        self._ones = np.ones(max(vocabulary_size, _BLOCK), np.float32)
         self._is_likely = np.empty(vocabulary_size, bool)
 
     def find(self, logits: Row, temperature: float, top_p: float) -> NDArray[np.intp]:
         """The nucleus of a row, (vocabulary,) -> ids, likeliest first; at temperature 0 the likeliest alone."""
         if temperature <= 0:
             return np.array([logits.argmax()])
-        weights = np.subtract(logits, np.maximum.reduce(logits), out=self._weights)
-        if temperature != 1:
-            weights *= np.float32(1 / temperature)
-        np.exp(weights, out=weights)
-        mass = top_p * weights.dot(self._ones)  # half the time of a sum
+        weights = self._weigh(logits, temperature)
+        mass = top_p * weights.dot(self._ones[: weights.size])  # half the time of a sum
         for least in (1e-4, 0.0):  # sort as few as possible: those above mostly hold the mass
             ids = np.greater_equal(weights, np.float32(least), out=self._is_likely).nonzero()[0]
             chosen = weights[ids]
@@ -167,3 +172,22 @@ class Shortlist:
         order = (-chosen).argsort(kind="stable")
         count = int(chosen[order].cumsum().searchsorted(mass)) + 1
         return ids[order[:count]]
+
+    def draw(self, logits: Row, temperature: float, chance: float) -> int:
+        """Draw one of all tokens of a row, (vocabulary,), by a number that is uniform in [0, 1)."""
+        self._weigh(logits, temperature)
+        before = (self._blocks @ self._ones[:_BLOCK]).cumsum(dtype=np.float64)  # first which block, then where in it
+        wanted = chance * before[-1]
+        block = int(before.searchsorted(wanted, side="right"))
+        within = self._blocks[block].cumsum(dtype=np.float64)
+        rest = wanted - (before[block - 1] if block else 0.0)
+        # The sums of a block differ by rounding: its end is its last token that can be drawn at all.
+        place = min(int(within.searchsorted(rest, side="right")), int(within.searchsorted(within[-1])))
+        return block * _BLOCK + place
+
+    def _weigh(self, logits: Row, temperature: float) -> Row:
+        """exp(logits / temperature) over that of the likeliest, in the working memory."""
+        weights = np.subtract(logits, np.maximum.reduce(logits), out=self._weights)
+        if temperature != 1:
+            weights *= np.float32(1 / temperature)
+        return np.exp(weights, out=weights)

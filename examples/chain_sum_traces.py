@@ -15,11 +15,13 @@ import json
 import random
 
 
-def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool, guess: float) -> dict[str, str]:
+def trace(
+    chance: random.Random, terms_between: tuple[int, int], most_digits: int, brief: bool, guess: float
+) -> dict[str, str]:
     """One question with its thoughts and answer; the question reads as reasoning-gym's chain_sum does."""
     terms = [chance.randrange(10 ** (most_digits - 1) if chance.random() < 0.5 else 1, 10**most_digits)]
     signs = []
-    for _ in range(chance.randint(2, most_terms) - 1):
+    for _ in range(chance.randint(*terms_between) - 1):
         signs.append(chance.choice("+-"))
         terms.append(chance.randrange(1, 10 ** chance.randint(1, most_digits)))
     expression = " ".join([str(terms[0]), *(f"{sign} {term}" for sign, term in zip(signs, terms[1:], strict=True))])
@@ -48,6 +50,7 @@ def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--least-terms", type=int, default=2, help="(default 2)")
     parser.add_argument("--terms", type=int, default=3, help="at most (default 3)")
     parser.add_argument("--digits", type=int, default=2, help="at most (default 2)")
     parser.add_argument("--brief", action="store_true", help="thoughts of arithmetic only")
@@ -56,7 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     for _ in range(arguments.count):
-        print(json.dumps(trace(chance, arguments.terms, arguments.digits, arguments.brief, arguments.guess)))
+        terms = arguments.least_terms, arguments.terms
+        print(json.dumps(trace(chance, terms, arguments.digits, arguments.brief, arguments.guess)))
 
 
 if __name__ == "__main__":

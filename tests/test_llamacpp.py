@@ -20,6 +20,7 @@ from stillhouse.backends import machine
 from stillhouse.backends.base import BackendFailed, Force, GenerationRequest, LoadOptions, Sampling, Token
 from stillhouse.backends.engine import Engine
 from stillhouse.backends.llamacpp import LlamaCpp
+from stillhouse.backends.llamacpp_sampler import Shortlist
 from stillhouse.backends.open import open_backend
 from stillhouse.backends.sampling import distribution
 from stillhouse.r1.errors import BadModelFile, UserError
@@ -437,6 +438,20 @@ def test_a_real_models_tokens_are_drawn_as_the_reference_says(open_llama, smollm
     chances = distribution(logits.astype(np.float64), sampling, prompt, [])
     counts[(chances == 0) & (counts <= 1)] = 0  # the last bits may move the edge of the nucleus by a token
     assert_drawn_from(chances, counts)
+
+
+@pytest.mark.parametrize("size", [5, 256, 49_152])
+def test_what_leaves_nothing_out_is_drawn_by_where_a_number_falls_among_all_chances(size):
+    chance = np.random.default_rng(size)
+    logits = chance.normal(0, 2, size).astype(np.float32)
+    logits[[1, size - 1]] = -np.inf
+    ends = np.cumsum(distribution(logits.astype(np.float64), Sampling(temperature=0.8), [], []))
+    shortlist = Shortlist(size)
+    for number in (0.0, *chance.random(500), 1 - 2**-53):
+        token_id = shortlist.draw(logits, 0.8, number)
+        assert logits[token_id] > -np.inf
+        begin = ends[token_id - 1] if token_id else 0.0
+        assert begin - 1e-5 <= number <= ends[token_id] + 1e-5
 
 
 def test_greedy_is_the_likeliest_token_every_time(open_llama, random_path):

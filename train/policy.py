@@ -140,7 +140,8 @@ class Segment(NamedTuple):
     """Where a prompt and its replies lie in the row."""
 
     prompt: slice
-    replies: tuple[slice, ...]
+    replies: Tensor  # (R, L), a reply's rows; behind its end any other
+    real: Tensor  # (R, L), bool: not behind its end
 
 
 class Packed(NamedTuple):
@@ -167,11 +168,15 @@ def pack(groups: Sequence[Group], device: torch.device) -> Packed:
     rows: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
+
+    def integers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     for prompt_ids, replies in groups:
-        start = len(ids)
+        prompt = slice(len(ids), len(ids) + len(prompt_ids))
         ids += prompt_ids
         positions += range(len(prompt_ids))
-        prompt, places = slice(start, len(ids)), []
+        starts: list[int] = []
         for reply in replies:
             here = len(ids)
             ids += reply[:-1]
@@ -179,13 +184,11 @@ def pack(groups: Sequence[Group], device: torch.device) -> Packed:
             rows += [prompt.stop - 1, *range(here, len(ids))]
             targets += reply
             lengths.append(len(reply))
-            places.append(slice(here, len(ids)))
-        segments.append(Segment(prompt, tuple(places)))
+            starts.append(here)
+        read = integers([len(reply) - 1 for reply in replies])[:, None]
+        at = torch.arange(int(read.max()) if replies else 0, device=device)[None]
+        segments.append(Segment(prompt, (integers(starts)[:, None] + at).clamp(max=len(ids) - 1), at < read))
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
     return Packed(
         integers(ids), integers(positions), tuple(segments), integers(rows), integers(targets), mask.to(device)
     )
@@ -206,11 +209,10 @@ def _shared_prefix_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    segments: tuple[Segment, ...] | None = None,
+    segments: tuple[Segment, ...],
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, N, heads, head) out."""
-    segments = segments or (Segment(slice(0, query.shape[2]), ()),)
     if torch.is_grad_enabled() and query.requires_grad:  # its insides are many times as large as what goes in
         attended: Any = checkpoint(
             _attend, query, key, value, segments, scaling, use_reentrant=False, preserve_rng_state=False
@@ -225,29 +227,27 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts: list[Tensor] = []
-    for prompt, replies in segments:
+    for prompt, replies, real in segments:
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        parts.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling
-            )
+        own = functional.scaled_dot_product_attention(
+            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling
         )
+        parts.append(own[0].transpose(0, 1))  # (P, heads, head)
+        count, longest = replies.shape
+        if not longest:
+            continue
+        mine, keys, values = (it[0, :, replies].transpose(0, 1) for it in (query, key, value))  # (R, heads, L, head)
         before = prompt_key.shape[2]
-        for reply in replies:
-            length = reply.stop - reply.start
-            if not length:
-                continue
-            sees = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
-            parts.append(
-                functional.scaled_dot_product_attention(
-                    query[:, :, reply],
-                    torch.cat([prompt_key, key[:, :, reply]], 2),
-                    torch.cat([prompt_value, value[:, :, reply]], 2),
-                    attn_mask=sees,
-                    scale=scaling,
-                )
-            )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+        sees = torch.ones(longest, before + longest, dtype=torch.bool, device=query.device).tril(before)
+        attended = functional.scaled_dot_product_attention(
+            mine,
+            torch.cat([prompt_key.expand(count, -1, -1, -1), keys], 2),
+            torch.cat([prompt_value.expand(count, -1, -1, -1), values], 2),
+            attn_mask=sees,
+            scale=scaling,
+        )
+        parts.append(attended.transpose(1, 2)[real])
+    return torch.cat(parts)[None]
 
 
 # Log-probabilities without the logits
