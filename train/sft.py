@@ -81,9 +81,10 @@ def run_sft(config: RunConfig, data: Path, report: Report = print) -> Finished:
         examples = not_held_out(read_examples(data, rollouts, config.task), config.task, report)
     finally:
         rollouts.close()
-    base = read_base(paths, place(config.model)[1])
+    device, dtype = place(config.model)
+    base = read_base(paths, dtype, config.model.weights)
+    base.module.to(device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed, config.model.checkpointing)
-    base.module.to(place(config.model)[0])
     if config.lora.start:
         start_from(policy, config.lora.start)
     finished = fit(policy, examples, config, folder, report)
