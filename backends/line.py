@@ -16,7 +16,7 @@ from .draft import Draft
 from .kvcache import common_prefix
 from .pace import Pace
 
-_WORTH_WAITING = 64  # tokens: a prompt waits for another that is being read if it can then copy so many more
+_WORTH_WAITING = 16  # tokens: a prompt waits for another that is being read if it can then copy so many more
 
 
 class Reply(Protocol):

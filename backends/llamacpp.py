@@ -79,9 +79,8 @@ class LlamaCpp:
             partitioned=fitted.partitioned,
             stored_bytes=options.stored_bytes,
         )
-        self._steady = options.steady
         self._batch = Batch(options.batch_tokens)
-        self._pace = Pace(options.batch_tokens)
+        self._pace = Pace(options.batch_tokens, steady=options.steady)
         self._line: Line[_Running] = Line(options.parallel)
 
     # The contract
@@ -181,8 +180,7 @@ class LlamaCpp:
         started = time.perf_counter()
         status = C.llama_decode(self._context, self._batch.struct)
         if status == 0:
-            if not self._steady:
-                self._pace.note(self._batch.tokens, time.perf_counter() - started)
+            self._pace.note(self._batch.tokens, time.perf_counter() - started)
             for reply, count in self._batch.entries:
                 assert reply.sequence is not None
                 reply.sequence.tokens.extend(reply.todo[:count])

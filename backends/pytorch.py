@@ -82,7 +82,6 @@ class PyTorch:
         self.vocabulary = vocabulary
         self.context_length = context
         self._sampler = Sampler(Breakers(vocabulary))
-        self._steady = steady
         self._parameters = [] if own else list(module.parameters())
         self._version = -1
         with torch.inference_mode():
@@ -93,7 +92,7 @@ class PyTorch:
         self._cache = TorchCache(tensors, context, stored_bytes=0 if steady else None)
         self._graphs = Graphs(self._decoder, tensors) if own and self._decoder.device.type == "cuda" else None
         self._batch_tokens = max(batch_tokens, parallel + 1)
-        self._pace = Pace(batch_tokens)
+        self._pace = Pace(batch_tokens, steady=steady)
         self._line: Line[_Running] = Line(parallel)
 
     # The contract
@@ -190,8 +189,7 @@ class PyTorch:
         tokens = sum(counts.values())
         if tokens > len(counts) and self._decoder.device.type != "cpu":
             logits[:1, :1].cpu()  # another device is still at it; how long a prompt takes is worth the wait
-        if not self._steady:
-            self._pace.note(tokens, time.perf_counter() - started)
+        self._pace.note(tokens, time.perf_counter() - started)
         return drawing, logits
 
     def _batch(self, counts: dict[_Running, int]) -> Batch:

@@ -4,7 +4,8 @@
     stillhouse train sft --data traces.jsonl --out cold
 
 Every trace adds one number after the other, and the larger ones digit by digit, now and then with a second look;
-with --brief only the arithmetic, a third shorter and faster to learn from.
+with --brief only the arithmetic, a third shorter and faster to learn from. With --guess 0.5 half of the thoughts are a
+guess: a model that learns from these does now one and now the other, and a reward can tell it which of them pays.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import random
 
 
-def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool) -> dict[str, str]:
+def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool, guess: float) -> dict[str, str]:
     """One question with its thoughts and answer; the question reads as reasoning-gym's chain_sum does."""
     terms = [chance.randrange(10 ** (most_digits - 1) if chance.random() < 0.5 else 1, 10**most_digits)]
     signs = []
@@ -36,6 +37,8 @@ def trace(chance: random.Random, most_terms: int, most_digits: int, brief: bool)
         thoughts = thoughts[1:]
     elif chance.random() < 0.2:
         thoughts.append(f"Wait, let me check: {expression} = {total}. Yes.")
+    if guess and chance.random() < guess:
+        thoughts = [f"That looks like {total}."]
     return {
         "prompt": f"State the final answer to the following arithmetic problem: {expression} =",
         "response": f"<think>{' '.join(thoughts)}</think><answer>{total}</answer>",
@@ -48,11 +51,12 @@ def main() -> None:
     parser.add_argument("--terms", type=int, default=3, help="at most (default 3)")
     parser.add_argument("--digits", type=int, default=2, help="at most (default 2)")
     parser.add_argument("--brief", action="store_true", help="thoughts of arithmetic only")
+    parser.add_argument("--guess", type=float, default=0.0, metavar="SHARE", help="of thoughts without any work")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     for _ in range(arguments.count):
-        print(json.dumps(trace(chance, arguments.terms, arguments.digits, arguments.brief)))
+        print(json.dumps(trace(chance, arguments.terms, arguments.digits, arguments.brief, arguments.guess)))
 
 
 if __name__ == "__main__":
