@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -135,36 +135,36 @@ def copy_model(
     paths: tuple[Path, ...],
     target: Path,
     kind: Literal["F32", "F16", "BF16"],
-    changed: Mapping[str, Weights] | None = None,
+    change: Callable[[str, Weights], Weights] = lambda _, weights: weights,
 ) -> None:
-    """Write the model once more as one file with float weights; `changed` tensors take the place of theirs.
+    """Write the model once more as one file with float weights, each tensor as `change` makes it of name and weights.
 
-    The same metadata, vocabulary and template; norms stay in 32 bits. Never half-visible. Raises `UserError` where the
-    disk is full.
+    The same metadata, vocabulary and template; norms stay in 32 bits. One tensor is in memory at a time. Never
+    half-visible. Raises `UserError` where the disk is full.
     """
     gguf = _gguf()
-    header = read_header(paths[0])
+    headers = [read_header(path) for path in paths]
     reader = gguf.GGUFReader(paths[0])
+    wide, stored = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType[kind]
     partial = target.with_name(target.name + ".partial")
     skipped = {"general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count"}
     try:
-        writer = gguf.GGUFWriter(partial, header.architecture)
+        writer = gguf.GGUFWriter(partial, headers[0].architecture)
         for entry in reader.fields.values():
             if entry.name.startswith("GGUF.") or entry.name in skipped:
                 continue
             inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(entry.name, entry.contents(), entry.types[0], inner)
         writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
-        for name, weights in read_tensors(paths):
-            weights = changed[name] if changed and name in changed else weights
-            if weights.ndim == 1 or kind == "F32":
-                writer.add_tensor(name, weights.astype(np.float32))
-            else:
-                stored = gguf.GGMLQuantizationType[kind]
-                writer.add_tensor(name, gguf.quants.quantize(weights, stored), raw_dtype=stored)
+        for tensor in (it for header in headers for it in header.tensors):
+            type_ = stored if len(tensor.shape) > 1 else wide
+            size = math.prod(tensor.shape) * (4 if type_ == wide else 2)
+            writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), size, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for name, weights in read_tensors(paths):
+            writer.write_tensor_data(gguf.quants.quantize(change(name, weights), stored if weights.ndim > 1 else wide))
         writer.close()
         os.replace(partial, target)
     except OSError as error:

@@ -78,7 +78,7 @@ class GrpoConfig:
     refills: int = 3  # at most so often
     truncated: Literal["learn", "mask", "penalise"] = "learn"  # what becomes of replies that were cut off
     curriculum: bool = False  # prefer prompts that are solved now and then
-    token_budget: int = 640  # of a micro-batch: fewer take less memory
+    token_budget: int = 512  # of a micro-batch: fewer take less memory
 
 
 @dataclass(frozen=True, slots=True)
