@@ -107,7 +107,8 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return self._model.embed_tokens.weight.dtype
+        embedding = self._model.embed_tokens
+        return embedding.weight.dtype if hasattr(embedding, "weight") else embedding.dtype  # a trainer's own
 
     def new_cache(self, places: int, cells: int) -> Cache:
         """An empty cache. The memory of a CPU is taken as it is written, a GPU's at once."""

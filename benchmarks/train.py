@@ -37,6 +37,7 @@ def configure(arguments: argparse.Namespace, folder: Path) -> RunConfig:
         changes={
             "out": str(folder / "run"),
             "model.dtype": arguments.dtype,
+            "model.weights": arguments.kept,
             "task.options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
             "grpo.prompts": arguments.prompts,
             "grpo.group": arguments.group,
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=54)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--kept", choices=("expanded", "f16", "packed"), default="expanded", help="model.weights")
     parser.add_argument("--engine", choices=("llama.cpp", "pytorch", "auto"), default="llama.cpp")
     parser.add_argument("--weights", choices=("auto", "f16", "bf16", "f32", "served"), default="auto")
     arguments = parser.parse_args()

@@ -20,6 +20,7 @@ def write_model(
     seed: int = 0,
     architecture: str = "llama",
     kv_heads: int = HEADS,
+    forward: int = FORWARD,
 ) -> Path:
     """A GGUF file of half a megabyte. The weights are large, so that replies are lively and greedy choices clear."""
     random = np.random.default_rng(seed)
@@ -27,7 +28,7 @@ def write_model(
     writer.add_block_count(BLOCKS)
     writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FORWARD)
+    writer.add_feed_forward_length(forward)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -62,9 +63,9 @@ def write_model(
             matrix(f"{prefix}attn_{part}.weight", rows, WIDTH, 2.0)
             if architecture == "qwen2" and part != "output":
                 writer.add_tensor(f"{prefix}attn_{part}.bias", random.standard_normal(rows).astype(np.float32))
-        matrix(prefix + "ffn_gate.weight", FORWARD, WIDTH, 2.0)
-        matrix(prefix + "ffn_up.weight", FORWARD, WIDTH, 2.0)
-        matrix(prefix + "ffn_down.weight", WIDTH, FORWARD, 2.0)
+        matrix(prefix + "ffn_gate.weight", forward, WIDTH, 2.0)
+        matrix(prefix + "ffn_up.weight", forward, WIDTH, 2.0)
+        matrix(prefix + "ffn_down.weight", WIDTH, forward, 2.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -104,7 +104,9 @@ def test_chunks_give_what_all_logits_give(chunk, dtype, bound):
     hidden, head = (torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 16), (50, 16)))
     targets, temperature = torch.randint(50, (7,), generator=generator), 0.7
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    logp, entropy = log_probabilities(ours, head, targets, temperature=temperature, chunk=chunk)
+    layer = torch.nn.Linear(16, 50, bias=False)
+    layer.weight = torch.nn.Parameter(head)
+    logp, entropy = log_probabilities(ours, layer, targets, temperature=temperature, chunk=chunk)
     full = torch.log_softmax(theirs @ head.T / temperature, -1)
     assert (logp - full.gather(-1, targets[:, None])[:, 0]).abs().max() <= bound * 10
     assert (entropy + (full.exp() * full).sum(-1)).abs().max() <= bound * 10

@@ -1,27 +1,32 @@
 """The frozen model under an adapter: a GGUF file as a PyTorch module with exactly the weights that are served.
 
-Quantized weights are expanded once, to the numbers that llama.cpp computes with; so what is trained is what is served.
-Also the way back: a copy of the file with other types or changed weights. Knows nothing of adapters or of texts.
+Quantized weights become the numbers that llama.cpp computes with, once, or whenever they are used (`packed.py`); so
+what is trained is what is served. Also the way back: a copy of the file with other types or changed weights. Knows
+nothing of adapters or of texts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ..r1.errors import BadModelFile, UserError
-from ..r1.gguf import Header, read_header
+from ..r1.gguf import Header, TensorInfo, read_header
+from . import packed
 
 Weights = NDArray[np.float32]
+Kept = Literal["expanded", "f16", "packed"]  # how the matrices stay in memory
+_Number = TypeVar("_Number", np.float32, np.uint8)
 
 LINEAR = {  # a block's linear layers: the name in a GGUF file -> in transformers
     "attn_q": "self_attn.q_proj",
@@ -38,6 +43,7 @@ _NORMS = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _HASHED = 4096  # bytes of each tensor
 
@@ -59,11 +65,12 @@ class BaseModel:
     paths: tuple[Path, ...]
     shape: Shape
     module: nn.Module  # a causal language model of transformers, nothing in it trainable
+    dtype: torch.dtype  # that matrices are multiplied in
     parameters: int
     fingerprint: str  # of the weights; an adapter belongs to one
 
 
-def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> BaseModel:
+def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32, weights: Kept = "expanded") -> BaseModel:
     """Load a GGUF model for training. Raises `BadModelFile` or `UserError`."""
     if paths[0].suffix != ".gguf":
         raise UserError(
@@ -78,34 +85,38 @@ def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32) -> Ba
             "all R1 distills are one of these",
         )
     shape = Shape(header.architecture, header.block_count, header.head_counts[0], header.kv_head_counts[0])
-    tensors = dict(read_tensors(paths))
-    module = _module(header, tensors)
-    rotary: Any = module.get_submodule("model.rotary_emb")
-    frequencies = rotary.inv_freq
-    module.to(dtype)
-    rotary.inv_freq = frequencies  # angles in 16 bits would be wrong by more the further a token is
-    for name, weights in module.named_parameters():
-        if "norm" in name and dtype.itemsize < 4:  # as llama.cpp has them; they are few
-            weights.data = weights.data.float()
-    missing, unexpected = module.load_state_dict(_state(tensors, shape), strict=False)
-    tied = {"lm_head.weight"} if "output.weight" not in tensors else set()
-    if unexpected or set(missing) - tied:
-        names = ", ".join([*unexpected, *sorted(set(missing) - tied)][:3])
-        raise BadModelFile(f"{paths[0].name} does not have the tensors of a {shape.architecture} model: {names}")
-    module.tie_weights()  # pyright: ignore[reportCallIssue] - transformers'
-    if "rope_freqs.weight" in tensors:  # Llama 3.1's way to reach further; in the file it is a table of divisors
-        rotary.inv_freq = rotary.inv_freq / torch.from_numpy(tensors["rope_freqs.weight"])
-    module.requires_grad_(False)
+    shapes = {tensor.name: tensor.shape for part in headers for tensor in part.tensors}
+    module = _module(header, shapes)
+    for tensor, rows in read_rows(headers):  # one at a time: nothing is ever there twice
+        if tensor.name == "rope_freqs.weight":  # Llama 3.1's way to reach further; a table of divisors
+            rotary: Any = module.model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq / torch.from_numpy(_expand(tensor, rows))
+        elif not _fill(module, tensor, rows, shape, dtype, weights):
+            raise BadModelFile(f"{tensor.name} in {paths[0].name} is no tensor of a {shape.architecture} model")
+    if "output.weight" not in shapes:
+        _tie(module)
+    missing = [name for name, it in module.named_parameters() if it.is_meta]
+    if missing:
+        raise BadModelFile(
+            f"{paths[0].name} does not have the tensors of a {shape.architecture} model: {', '.join(missing[:3])}"
+        )
     parameters = sum(part.parameters for part in headers)
-    return BaseModel(paths, shape, module, parameters, fingerprint(headers))
+    return BaseModel(paths, shape, module, dtype, parameters, fingerprint(headers))
+
+
+def read_rows(headers: Sequence[Header]) -> Iterator[tuple[TensorInfo, NDArray[np.uint8]]]:
+    """Every tensor of a model as its file has it: (rows, bytes of a row)."""
+    for header in headers:
+        with header.path.open("rb") as file:
+            for tensor in header.tensors:
+                file.seek(header.data_offset + tensor.offset)
+                yield tensor, np.fromfile(file, np.uint8, tensor.size).reshape(math.prod(tensor.shape[1:]), -1)
 
 
 def read_tensors(paths: tuple[Path, ...]) -> Iterator[tuple[str, Weights]]:
     """Every tensor of a model in float32, as llama.cpp expands it; rows first."""
-    gguf = _gguf()
-    for path in paths:
-        for tensor in gguf.GGUFReader(path).tensors:
-            yield str(tensor.name), np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    for tensor, rows in read_rows([read_header(path) for path in paths]):
+        yield tensor.name, _expand(tensor, rows)
 
 
 def fingerprint(headers: list[Header]) -> str:
@@ -124,36 +135,36 @@ def copy_model(
     paths: tuple[Path, ...],
     target: Path,
     kind: Literal["F32", "F16", "BF16"],
-    changed: Mapping[str, Weights] | None = None,
+    change: Callable[[str, Weights], Weights] = lambda _, weights: weights,
 ) -> None:
-    """Write the model once more as one file with float weights; `changed` tensors take the place of theirs.
+    """Write the model once more as one file with float weights, each tensor as `change` makes it of name and weights.
 
-    The same metadata, vocabulary and template; norms stay in 32 bits. Never half-visible. Raises `UserError` where the
-    disk is full.
+    The same metadata, vocabulary and template; norms stay in 32 bits. One tensor is in memory at a time. Never
+    half-visible. Raises `UserError` where the disk is full.
     """
     gguf = _gguf()
-    header = read_header(paths[0])
+    headers = [read_header(path) for path in paths]
     reader = gguf.GGUFReader(paths[0])
+    wide, stored = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType[kind]
     partial = target.with_name(target.name + ".partial")
     skipped = {"general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count"}
     try:
-        writer = gguf.GGUFWriter(partial, header.architecture)
+        writer = gguf.GGUFWriter(partial, headers[0].architecture)
         for entry in reader.fields.values():
             if entry.name.startswith("GGUF.") or entry.name in skipped:
                 continue
             inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(entry.name, entry.contents(), entry.types[0], inner)
         writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
-        for name, weights in read_tensors(paths):
-            weights = changed[name] if changed and name in changed else weights
-            if weights.ndim == 1 or kind == "F32":
-                writer.add_tensor(name, weights.astype(np.float32))
-            else:
-                stored = gguf.GGMLQuantizationType[kind]
-                writer.add_tensor(name, gguf.quants.quantize(weights, stored), raw_dtype=stored)
+        for tensor in (it for header in headers for it in header.tensors):
+            type_ = stored if len(tensor.shape) > 1 else wide
+            size = math.prod(tensor.shape) * (4 if type_ == wide else 2)
+            writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), size, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for name, weights in read_tensors(paths):
+            writer.write_tensor_data(gguf.quants.quantize(change(name, weights), stored if weights.ndim > 1 else wide))
         writer.close()
         os.replace(partial, target)
     except OSError as error:
@@ -170,7 +181,7 @@ def linear_names(shape: Shape) -> dict[str, str]:
     }
 
 
-def to_gguf_rows(weights: Weights, tensor: str, shape: Shape) -> Weights:
+def to_gguf_rows(weights: NDArray[_Number], tensor: str, shape: Shape) -> NDArray[_Number]:
     """Rows of a matrix or bias in the order a GGUF file has them: llama's queries and keys pair rotated rows up."""
     heads = _rotated_heads(tensor, shape)
     if not heads:
@@ -179,7 +190,7 @@ def to_gguf_rows(weights: Weights, tensor: str, shape: Shape) -> Weights:
     return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(weights.shape))
 
 
-def from_gguf_rows(weights: Weights, tensor: str, shape: Shape) -> Weights:
+def from_gguf_rows(weights: NDArray[_Number], tensor: str, shape: Shape) -> NDArray[_Number]:
     """The way back."""
     heads = _rotated_heads(tensor, shape)
     if not heads:
@@ -195,26 +206,73 @@ def _rotated_heads(tensor: str, shape: Shape) -> int:
     return shape.heads if ".attn_q." in tensor else shape.kv_heads if ".attn_k." in tensor else 0
 
 
-def _state(tensors: Mapping[str, Weights], shape: Shape) -> dict[str, Tensor]:
-    """The tensors of a file under transformers' names."""
-    state: dict[str, Tensor] = {}
-    whole = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    for name, weights in tensors.items():
-        stem, _, kind = name.rpartition(".")  # "blk.0.attn_q", "weight"
-        if stem in whole:
-            state[f"{whole[stem]}.{kind}"] = torch.from_numpy(weights)
-        elif stem.startswith("blk."):
-            _, block, part = stem.split(".")
-            theirs = LINEAR.get(part) or _NORMS.get(part) or part
-            rows = from_gguf_rows(weights, name, shape)
-            state[f"model.layers.{block}.{theirs}.{kind}"] = torch.from_numpy(rows)
-        elif stem != "rope_freqs":
-            state[name] = torch.from_numpy(weights)
-    return state
+def _expand(tensor: TensorInfo, rows: NDArray[np.uint8]) -> Weights:
+    """A tensor's bytes as numbers of its shape, rows first."""
+    if tensor.type in packed.KINDS:
+        numbers = packed.unpack(torch.from_numpy(rows), tensor.type).numpy()
+    else:
+        gguf = _gguf()
+        numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type])
+    return numbers.reshape(tensor.shape[::-1])
 
 
-def _module(header: Header, tensors: Mapping[str, Weights]) -> Any:
-    """An empty model of the file's shape."""
+def _fill(
+    module: Any, tensor: TensorInfo, rows: NDArray[np.uint8], shape: Shape, dtype: torch.dtype, weights: Kept
+) -> bool:
+    """Put a file's tensor in its place in the module; whether there is one."""
+    name = _name_in_transformers(tensor.name)
+    where, _, kind = name.rpartition(".")
+    if name not in dict(module.named_parameters()):
+        return False
+    layer = module.get_submodule(where)
+    if tuple(getattr(layer, kind).shape) != tensor.shape[::-1]:
+        raise BadModelFile(f"{tensor.name} has the shape {tensor.shape}, which does not fit the others")
+    if weights != "expanded" and len(tensor.shape) == 2:
+        matrix = _keep(tensor, from_gguf_rows(rows, tensor.name, shape), dtype, weights)
+        is_embedding = isinstance(layer, nn.Embedding)
+        module.set_submodule(where, packed.Embedding(matrix) if is_embedding else packed.Linear(matrix, layer))
+        return True
+    numbers = torch.from_numpy(from_gguf_rows(_expand(tensor, rows), tensor.name, shape))
+    is_norm = "norm" in where and dtype.itemsize < 4  # as llama.cpp has them; they are few
+    setattr(layer, kind, nn.Parameter(numbers.to(torch.float32 if is_norm else dtype), requires_grad=False))
+    return True
+
+
+def _keep(tensor: TensorInfo, rows: NDArray[np.uint8], dtype: torch.dtype, weights: Kept) -> packed.Matrix:
+    """A matrix in the file's own bytes or rounded to 16 bits."""
+    if weights == "f16" and tensor.type != "F16":
+        halves = torch.from_numpy(_expand(tensor, rows)).half()
+        return packed.Matrix(halves.view(torch.uint8), "F16", dtype)
+    if tensor.type not in packed.KINDS:
+        raise UserError(
+            f"{tensor.name} is in {tensor.type}, which cannot stay packed; {', '.join(packed.KINDS)} can",
+            'model.weights = "expanded" takes every type',
+        )
+    return packed.Matrix(torch.from_numpy(rows), tensor.type, dtype)
+
+
+def _tie(module: Any) -> None:
+    """Have the embedding be the output matrix, too."""
+    embedding = module.model.embed_tokens
+    if isinstance(embedding, packed.Embedding):
+        module.lm_head = packed.Linear(embedding.matrix, module.lm_head)
+    else:
+        module.lm_head.weight = embedding.weight
+
+
+def _name_in_transformers(name: str) -> str:
+    """Of a tensor or what would be its name: "blk.0.attn_q.weight" -> "model.layers.0.self_attn.q_proj.weight"."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _WHOLE:
+        return f"{_WHOLE[stem]}.{kind}"
+    if not stem.startswith("blk."):
+        return name
+    _, block, part = stem.split(".", 2)
+    return f"model.layers.{block}.{LINEAR.get(part) or _NORMS.get(part) or part}.{kind}"
+
+
+def _module(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """A model of the file's shape, its weights without memory yet."""
     try:
         import transformers
     except ImportError as error:
@@ -224,12 +282,12 @@ def _module(header: Header, tensors: Mapping[str, Weights]) -> Any:
     def number(key: str, default: float) -> Any:
         return header.metadata.get(f"{header.architecture}.{key}", default)
 
-    vocabulary, width = tensors["token_embd.weight"].shape
+    width, vocabulary = shapes["token_embd.weight"]
     head = int(number("attention.key_length", width // header.head_counts[0]))
     fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": tensors["blk.0.ffn_up.weight"].shape[0],
+        "intermediate_size": shapes["blk.0.ffn_up.weight"][1],
         "num_hidden_layers": header.block_count,
         "num_attention_heads": header.head_counts[0],
         "num_key_value_heads": header.kv_head_counts[0],
@@ -237,7 +295,7 @@ def _module(header: Header, tensors: Mapping[str, Weights]) -> Any:
         "max_position_embeddings": header.context_length or 2048,
         "rms_norm_eps": float(number("attention.layer_norm_rms_epsilon", 1e-6)),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(number("rope.freq_base", 10_000.0))},
-        "tie_word_embeddings": "output.weight" not in tensors,
+        "tie_word_embeddings": "output.weight" not in shapes,
         "attention_dropout": 0.0,
         "use_cache": False,
         "bos_token_id": None,
@@ -245,8 +303,11 @@ def _module(header: Header, tensors: Mapping[str, Weights]) -> Any:
         "pad_token_id": None,
     }
     config = getattr(transformers, f"{kind}Config")(**fields)
-    with torch.device("cpu"):
-        return getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.device("meta"):
+        module = getattr(transformers, f"{kind}ForCausalLM")(config)
+    rotary = module.model.rotary_emb
+    module.model.rotary_emb = type(rotary)(config)  # angles in f32 whatever the weights are in
+    return module
 
 
 def _gguf() -> Any:

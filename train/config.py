@@ -27,7 +27,10 @@ class ModelConfig:
     """The base model."""
 
     name: str = BASE_MODEL  # anything `stillhouse serve` takes that is a GGUF
-    dtype: Literal["f32", "bf16"] = "f32"  # of the frozen weights while training
+    dtype: Literal["f32", "bf16"] = "f32"  # that frozen weights are multiplied in
+    weights: Literal["expanded", "f16", "packed"] = (
+        "expanded"  # how they stay in memory: so, in 16 bits, as in the file
+    )
     device: str = "auto"  # cpu, cuda, mps; auto: what there is
     checkpointing: bool = False  # recompute activations: less memory, a third more time
 
@@ -75,7 +78,7 @@ class GrpoConfig:
     refills: int = 3  # at most so often
     truncated: Literal["learn", "mask", "penalise"] = "learn"  # what becomes of replies that were cut off
     curriculum: bool = False  # prefer prompts that are solved now and then
-    token_budget: int = 640  # of a micro-batch: fewer take less memory
+    token_budget: int = 512  # of a micro-batch: fewer take less memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..r1.errors import UserError
 from ..r1.gguf import Header, read_header
-from .basemodel import Shape, Weights, copy_model, fingerprint, from_gguf_rows, linear_names, read_tensors, to_gguf_rows
+from .basemodel import Shape, Weights, copy_model, fingerprint, from_gguf_rows, linear_names, to_gguf_rows
 
 Format = Literal["gguf-lora", "peft", "mlx", "merged"]
 Matrices = dict[str, tuple[Tensor, Tensor]]  # module -> A (rank, in), B (out, rank)
@@ -157,13 +157,15 @@ def save_merged(adapter: Adapter, paths: tuple[Path, ...], path: Path, kind: Lit
     """Write the whole model with the adapter in its weights, as a GGUF file."""
     check_belongs(adapter, [read_header(part) for part in paths])
     wanted = {tensor: module for module, tensor in linear_names(adapter.shape).items()}
-    changed: dict[str, Weights] = {}
-    for tensor, weights in read_tensors(paths):
-        if tensor in wanted:
-            a, b = (it.detach().double().cpu() for it in adapter.matrices[wanted[tensor]])
-            rows = torch.from_numpy(from_gguf_rows(weights, tensor, adapter.shape)).double() + adapter.scale * (b @ a)
-            changed[tensor] = to_gguf_rows(rows.float().numpy(), tensor, adapter.shape)
-    copy_model(paths, path, kind, changed)
+
+    def merge(tensor: str, weights: Weights) -> Weights:
+        if tensor not in wanted:
+            return weights
+        a, b = (it.detach().double().cpu() for it in adapter.matrices[wanted[tensor]])
+        rows = torch.from_numpy(from_gguf_rows(weights, tensor, adapter.shape)).double() + adapter.scale * (b @ a)
+        return to_gguf_rows(rows.float().numpy(), tensor, adapter.shape)
+
+    copy_model(paths, path, kind, merge)
 
 
 def check_belongs(adapter: Adapter, headers: list[Header]) -> None:

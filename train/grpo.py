@@ -34,7 +34,7 @@ from .policy import Policy
 from .rewards import Asked, Rewards, Scored
 from .rollout import Asking, Reply, Rollouts, find_model, remove_copies
 from .tasks import Item, Task, messages, open_task
-from .update import make_optimizer, peak_memory, place, rate, use_threads
+from .update import give_back_memory, make_optimizer, peak_memory, place, rate, use_threads
 
 Report = Callable[[str], None]
 _USELESS_STEPS = 5  # in a row, after which a run stops
@@ -81,7 +81,7 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
     folder.begin(config, resume=resume)
     use_threads(config.rollout.threads)
     device, dtype = place(config.model)
-    base = read_base(paths, dtype)
+    base = read_base(paths, dtype, config.model.weights)
     base.module.to(device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed, config.model.checkpointing)
     optimizer = make_optimizer(policy, config.optimizer)
@@ -110,6 +110,7 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
         report=report,
     )
     state.engine = "pytorch" if rollouts.is_live else "llama.cpp"
+    give_back_memory()  # that loading took: the first step has its own use for it
     kl_stop = config.rollout.kl_stop or rollouts.kl_stop
     learner = Learner(config, policy, optimizer, rollouts.weights != "served", kl_stop)
     return Run(config, folder, task, policy, optimizer, rollouts, rewards, state, learner)

@@ -1,7 +1,8 @@
 """The layers that a policy puts in place of transformers': the same numbers, with less kept for the gradient.
 
-A norm keeps its input and one number a row, a gated product its two factors, a linear layer its input and the narrow
-inside of its adapter; everything else is computed again. Weights other than the adapter's have no gradient. Knows
+A norm keeps its input and one number a row, a linear layer its input and the narrow inside of its adapter, the last one
+of an MLP the two factors of its input; everything else is computed again. The frozen matrix is asked for when it is
+needed, forward and backward, and not kept: it may be packed. Weights other than the adapter's have no gradient. Knows
 nothing of prompts and replies.
 """
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .packed import Linear
+
 
 @dataclass(slots=True)
 class Switch:
@@ -28,26 +31,33 @@ class Switch:
 class LoraLinear(nn.Module):
     """A frozen linear layer and a low-rank change to it: x W' + scale x A' B'."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: Switch) -> None:
+    def __init__(self, base: nn.Linear | Linear, rank: int, alpha: float, switch: Switch) -> None:
         super().__init__()
+        weight = base.weight
         self.base = base
         self.scale = alpha / rank
         self.switch = switch
-        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen part; others ask it for its type and place."""
-        return self.base.weight
+        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=weight.device))
+        self.base_norm = float(weight.detach().float().norm())  # |W|
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """In x's type; the frozen product in the type of its weights, the adapter's in its own."""
         if not self.switch.on:
-            return functional.linear(x.to(self.weight.dtype), self.weight, self.base.bias).to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        y: Any = _Lora.apply(rows, self.weight, self.base.bias, self.a, self.b, self.scale)
+            return self._frozen(x)
+        y: Any = _Lora.apply(x.reshape(-1, x.shape[-1]), self.a, self.b, self)
         return y.view(*x.shape[:-1], -1)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same for x = silu(gate) * up, which is not kept."""
+        if not self.switch.on:
+            return self._frozen(functional.silu(gate).mul_(up))
+        y: Any = _GatedLora.apply(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]), self.a, self.b, self)
+        return y.view(*gate.shape[:-1], -1)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        weight = self.base.weight
+        return functional.linear(x.to(weight.dtype), weight, self.base.bias).to(x.dtype)
 
 
 @torch.no_grad()
@@ -55,7 +65,7 @@ def share_changed(layer: LoraLinear) -> float:
     """|scale B A| / |W| of one layer."""
     # |B A|² = trace(A A' B' B): two small products instead of a whole matrix
     square = ((layer.a @ layer.a.T) * (layer.b.T @ layer.b)).sum().clamp(min=0)
-    return float(square.sqrt() * layer.scale / layer.base.weight.float().norm())
+    return float(square.sqrt() * layer.scale) / layer.base_norm
 
 
 class Norm(nn.Module):
@@ -80,7 +90,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj.gated(self.gate_proj(x), self.up_proj(x))
 
 
 def lighten(module: Any) -> None:
@@ -97,30 +107,59 @@ def lighten(module: Any) -> None:
 
 class _Lora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        y = functional.linear(x.to(weight.dtype), weight, bias)
-        wide = x.to(a.dtype) if x.dtype.itemsize < a.dtype.itemsize else x
-        low = wide @ a.to(wide.dtype).T  # (M, rank)
-        context.save_for_backward(x, weight, a, b, low)
-        context.scale = scale
-        if y.dtype == low.dtype:
-            return y.addmm_(low, b.to(low.dtype).T, alpha=scale)
-        return torch.addmm(y.to(low.dtype), low, b.T, alpha=scale).to(x.dtype)
+    def forward(context: Any, x: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> Tensor:
+        y, low = _product(x, a, b, layer)
+        context.save_for_backward(x, a, b, low)
+        context.layer = layer
+        return y
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Any:
-        x, weight, a, b, low = context.saved_tensors
-        wide = gradient.to(low.dtype)
-        through = (wide @ b.to(wide.dtype)).mul_(context.scale)  # (M, rank)
-        down_a = (through.T @ x.to(wide.dtype)).to(a.dtype)
-        down_b = (wide.T @ low).mul_(context.scale).to(b.dtype)
-        down = None
-        if context.needs_input_grad[0]:
-            down = (gradient.to(weight.dtype) @ weight).to(wide.dtype)
-            down = down.addmm_(through, a.to(wide.dtype)).to(x.dtype)
-        return down, None, None, down_a, down_b, None
+        x, a, b, low = context.saved_tensors
+        return *_gradients(gradient, x, a, b, low, context.layer, context.needs_input_grad[0]), None
+
+
+class _GatedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, gate: Tensor, up: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> Tensor:
+        y, low = _product(functional.silu(gate).mul_(up), a, b, layer)
+        context.save_for_backward(gate, up, a, b, low)
+        context.layer = layer
+        return y
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        gate, up, a, b, low = context.saved_tensors
+        opened = functional.silu(gate)
+        down, down_a, down_b = _gradients(gradient, opened * up, a, b, low, context.layer, True)
+        assert down is not None
+        return torch.ops.aten.silu_backward(down * up, gate), opened.mul_(down), down_a, down_b, None
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
+    """x through a layer, and the inside of its adapter: (M, in) -> (M, out), (M, rank)."""
+    weight = layer.base.weight
+    y = functional.linear(x.to(weight.dtype), weight, layer.base.bias)
+    wide = x.to(a.dtype) if x.dtype.itemsize < a.dtype.itemsize else x
+    low = wide @ a.to(wide.dtype).T
+    if y.dtype == low.dtype:
+        return y.addmm_(low, b.to(low.dtype).T, alpha=layer.scale), low
+    return torch.addmm(y.to(low.dtype), low, b.T, alpha=layer.scale).to(x.dtype), low
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, a: Tensor, b: Tensor, low: Tensor, layer: LoraLinear, is_wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of x (where it is wanted), A and B."""
+    wide = gradient.to(low.dtype)
+    through = (wide @ b.to(wide.dtype)).mul_(layer.scale)  # (M, rank)
+    down_a = (through.T @ x.to(wide.dtype)).to(a.dtype)
+    down_b = (wide.T @ low).mul_(layer.scale).to(b.dtype)
+    if not is_wanted:
+        return None, down_a, down_b
+    weight = layer.base.weight
+    down = (gradient.to(weight.dtype) @ weight).to(wide.dtype)
+    return down.addmm_(through, a.to(wide.dtype)).to(x.dtype), down_a, down_b
 
 
 class _Norm(torch.autograd.Function):
@@ -138,16 +177,3 @@ class _Norm(torch.autograd.Function):
         weighted = gradient.to(scale.dtype) * weight
         along = (weighted * wide).mean(-1, keepdim=True).mul_(scale.square())
         return torch.addcmul(weighted, wide, along, value=-1).mul_(scale).to(x.dtype), None, None
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, gate: Tensor, up: Tensor) -> Tensor:
-        context.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:
-        gate, up = context.saved_tensors
-        down_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return down_gate, functional.silu(gate).mul_(gradient)

@@ -55,7 +55,7 @@ def open_live(policy: Policy, config: RolloutConfig, max_tokens: int) -> Rollout
     opened = open_module(policy.base.module, words, context=context, parallel=config.parallel)
     template = template_of(words)
     end_id = end_of_turn(words.vocabulary, words.end_text)
-    narrow = next(policy.base.module.parameters()).dtype.itemsize < 4
+    narrow = policy.base.dtype.itemsize < 4
     return Rollouts(Engine(opened.backend), template, "live bf16" if narrow else "live", end_id, context)
 
 

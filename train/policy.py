@@ -1,8 +1,8 @@
 """The model that learns: a frozen base, a small adapter beside every linear layer, log-probabilities of replies.
 
 The reference model is the same module with the adapter switched off. Replies to one prompt lie behind it in one row
-and share its keys and values, so a prompt is computed once however many replies it has. Logits are made for a few
-hundred tokens at a time and never kept. Knows nothing of rewards, texts or files.
+and share its keys and values, so a prompt is computed once however many replies it has. Logits are made for a part of
+the vocabulary at a time and never kept. Knows nothing of rewards, texts or files.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .basemodel import BaseModel, linear_names
 from .layers import LoraLinear, Switch, lighten, share_changed
+from .packed import Linear, rows_of
 
 _ATTENTION = "stillhouse_shared_prefix"
-_CHUNK = 128  # tokens whose logits exist at once
+_CHUNK = 4096  # tokens of the vocabulary whose logits exist at once
 _WIDEST_INITIAL = math.sqrt(5)  # PEFT's own start for A: uniform, 1/sqrt(in)
 
 
@@ -115,7 +116,7 @@ class Policy:
         packed = pack(groups, self.device)
         model: Any = self.base.module
         hidden = self.hidden(packed)
-        logp, entropy = log_probabilities(hidden, model.lm_head.weight, packed.targets, temperature=temperature)
+        logp, entropy = log_probabilities(hidden, model.lm_head, packed.targets, temperature=temperature)
         return Scores(packed.spread(logp), packed.spread(entropy), packed.mask.to(logp.dtype))
 
     def hidden(self, packed: Packed) -> Tensor:
@@ -254,12 +255,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
 
 
 def log_probabilities(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = _CHUNK
+    hidden: Tensor, head: nn.Linear | Linear, targets: Tensor, *, temperature: float = 1.0, chunk: int = _CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy at its place: (M, D), (V, D), (M,) -> (M,), (M,).
+    """Log-probability of each target and entropy at its place: (M, D), V rows of D, (M,) -> (M,), (M,).
 
-    Logits are divided by the temperature. They exist once, for `chunk` rows at a time. The gradient goes to `hidden`
-    only; the entropy has none.
+    Logits are divided by the temperature. They exist once, for `chunk` of the V rows at a time. The gradient goes to
+    `hidden` only; the entropy has none.
     """
     return _LogProbabilities.apply(hidden, head, targets, temperature, chunk)  # pyright: ignore[reportReturnType]
 
@@ -267,22 +268,33 @@ def log_probabilities(
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        context: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int
+        context: Any, hidden: Tensor, head: nn.Linear | Linear, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        # The gradient of a row's log-probability is known while its logits are there; one number scales it later.
+        # A sum over e^logit grows from part to part, times e^-top with the largest logit so far. The gradient of a
+        # log-probability is made on the way as well; one number a row scales it later.
         learns = context.needs_input_grad[0]
-        logps, entropies, slopes = [], [], []
-        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            every = _logits(rows, head, temperature)  # (chunk, V)
-            every.sub_(every.logsumexp(-1, keepdim=True))
-            logps.append(every.gather(-1, wanted[:, None])[:, 0])
-            chances = every.exp()
-            entropies.append(-torch.linalg.vecdot(chances, every))
-            if learns:
-                mean = chances.to(head.dtype) @ head
-                slopes.append((head[wanted].to(hidden.dtype) - mean.to(hidden.dtype)).div_(temperature))
-        logp, entropy = torch.cat(logps), torch.cat(entropies)
-        context.save_for_backward(*([torch.cat(slopes)] if learns else []))
+        total = torch.zeros(len(hidden), 1, dtype=_wide(hidden.dtype), device=hidden.device)
+        weighted, wanted, top = torch.zeros_like(total), torch.zeros_like(total), torch.full_like(total, -math.inf)
+        mean = torch.zeros_like(hidden, dtype=total.dtype) if learns else None  # of the rows, by chance
+        for start in range(0, head.out_features, chunk):
+            rows = rows_of(head, slice(start, start + chunk))
+            logits = _logits(hidden, rows, temperature)  # (M, chunk)
+            places = targets[:, None] - start
+            here = (places >= 0) & (places < len(rows))
+            wanted = torch.where(here, logits.gather(-1, places.clamp(0, len(rows) - 1)), wanted)
+            largest = torch.maximum(top, logits.amax(-1, keepdim=True))
+            shrink = (top - largest).exp_()
+            chances = (logits - largest).exp_()
+            total = total * shrink + chances.sum(-1, keepdim=True)
+            weighted = weighted * shrink + torch.linalg.vecdot(chances, logits)[:, None]
+            if mean is not None:
+                mean.mul_(shrink).add_(chances.to(rows.dtype) @ rows)
+            top = largest
+        whole = top + total.log()
+        logp, entropy = (wanted - whole)[:, 0], (whole - weighted / total)[:, 0]
+        if mean is not None:
+            slopes = (rows_of(head, targets) - mean.div_(total)).div_(temperature)
+            context.save_for_backward(slopes.to(hidden.dtype))
         context.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -294,8 +306,11 @@ class _LogProbabilities(torch.autograd.Function):
 
 def _logits(rows: Tensor, head: Tensor, temperature: float) -> Tensor:
     logits = functional.linear(rows.to(head.dtype), head)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+    return logits.to(_wide(logits.dtype)).div_(temperature)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:

@@ -63,11 +63,12 @@ class Critic:
 
 def make_critic(run: Run) -> Critic:
     """A critic beside a run's policy; it guesses 0 at first."""
-    config, base = run.config, read_base(run.policy.base.paths, next(run.policy.base.module.parameters()).dtype)
+    config, other = run.config, run.policy.base
+    base = read_base(other.paths, other.dtype, config.model.weights)
     base.module.to(run.policy.device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed + 1, config.model.checkpointing)
-    embedding: Any = run.policy.base.module.get_submodule("model.embed_tokens")
-    head = nn.Linear(embedding.weight.shape[1], 1).to(run.policy.device)
+    module: Any = base.module
+    head = nn.Linear(module.config.hidden_size, 1).to(run.policy.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     weights = [*policy.parameters(), *head.parameters()]

@@ -86,9 +86,10 @@ def run_sft(config: RunConfig, data: Path, report: Report = print, *, resume: bo
         rollouts.close()
     examples = _short_enough(examples, config.sft.max_tokens, report)
     use_threads(config.rollout.threads)
-    base = read_base(paths, place(config.model)[1])
+    device, dtype = place(config.model)
+    base = read_base(paths, dtype, config.model.weights)
+    base.module.to(device)
     policy = Policy(base, config.lora.rank, config.lora.alpha, config.seed, config.model.checkpointing)
-    base.module.to(place(config.model)[0])
     optimizer = make_optimizer(policy, config.optimizer)
     restored = folder.restore(policy, optimizer) if resume else None
     if config.lora.start and not restored:
