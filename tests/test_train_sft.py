@@ -156,6 +156,21 @@ def test_memory_is_given_back_after_every_step(configure, data, monkeypatch):
     assert run_sft(configure(**RESUMED), data, quiet).steps == len(given) == 16
 
 
+def test_an_example_may_be_a_conversation_as_a_task_has_it(configure, tmp_path):
+    """What `distill` writes of a task whose prompts are lists of messages; one that is held out is left out, too."""
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    asked = [[*talk, {"role": "user", "content": f"say {n}"}] for n in range(3)]
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in asked]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = configure(**{"task.name": str(tmp_path / "task.jsonl"), "task.held_out_size": 1, "sft.epochs": 1})
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": prompt, "response": "1"}) for prompt in asked), encoding="utf-8"
+    )
+    told: list[str] = []
+    assert run_sft(config, tmp_path / "data.jsonl", told.append).steps == 1
+    assert any(words.startswith("left out: 1 of 3 examples, held out") for words in told)
+
+
 # What is no example
 
 
@@ -174,6 +189,7 @@ def test_an_example_of_a_held_out_question_is_not_learned(configure, tmp_path):
         ({"prompt": "a"}, "row 1 has no prompt and response"),
         ({"messages": [{"role": "user", "content": "a"}]}, "row 1: the last message"),
         ({"messages": [{"content": "a"}]}, "row 1: a message has no role"),
+        ({"prompt": [{"content": "a"}], "response": "b"}, "row 1: a message has no role"),
     ],
 )
 def test_an_example_without_a_reply_is_told_by_its_row(configure, tmp_path, row, words):

@@ -7,6 +7,7 @@ a template opens by itself (`<think>`) is not learned twice. Knows nothing of re
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -193,22 +194,28 @@ def _turns(path: Path, number: int, row: dict[str, Any], task: TaskConfig) -> tu
     """A row's conversation up to the reply, the reply, and the question."""
     talk = row.get("messages")
     if isinstance(talk, list) and talk:
-        try:
-            turns = [Message(turn["role"], turn["content"]) for turn in talk]
-        except (KeyError, TypeError):
-            raise UserError(f"{path}, row {number}: a message has no role or no content") from None
+        turns = _messages(path, number, talk)
         if turns[-1].role != "assistant" or len(turns) < 2:
             raise UserError(f"{path}, row {number}: the last message has to be the assistant's")
         return turns[:-1], turns[-1].content, turns[-2].content
     prompt, response = row.get("prompt", row.get("question")), row.get("response", row.get("completion"))
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
+    if not isinstance(prompt, (str, list)) or not prompt or not isinstance(response, str) or not response:
         raise UserError(
             f"{path}, row {number} has no prompt and response",
             'a row is {"prompt": "…", "response": "<think>…</think><answer>…</answer>"}',
         )
     system = [Message("system", task.system)] if task.system else []
+    if isinstance(prompt, list):  # as in a task: the conversation stays as it is
+        return [*system, *_messages(path, number, prompt)], response, json.dumps(prompt, ensure_ascii=False)
     text = f"{prompt}\n\n{task.instruction}" if task.instruction else prompt
     return [*system, Message("user", text)], response, prompt
+
+
+def _messages(path: Path, number: int, talk: list[Any]) -> list[Message]:
+    try:
+        return [Message(turn["role"], turn["content"]) for turn in talk]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}, row {number}: a message has no role or no content") from None
 
 
 def _since(started: float) -> float:
