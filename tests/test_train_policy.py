@@ -137,6 +137,7 @@ def test_without_its_adapter_the_policy_is_the_base_bit_for_bit(model_paths):
 def test_how_far_an_adapter_moves_is_measured_without_the_whole_matrix():
     layer = LoraLinear(torch.nn.Linear(6, 5, bias=False), 2, 4.0, Switch())
     with torch.no_grad():
+        layer.a.normal_()
         layer.b.normal_()
     whole = float((layer.scale * layer.b @ layer.a).detach().norm() / layer.base.weight.detach().norm())
     assert share_changed(layer) == pytest.approx(whole, rel=1e-5)

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -146,10 +147,8 @@ def copy_model(
     headers = [read_header(path) for path in paths]
     reader = gguf.GGUFReader(paths[0])
     wide, stored = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType[kind]
-    partial = target.with_name(target.name + ".partial")
     skipped = {"general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count"}
-    try:
-        writer = gguf.GGUFWriter(partial, headers[0].architecture)
+    with written_whole(target, headers[0].architecture) as writer:
         for entry in reader.fields.values():
             if entry.name.startswith("GGUF.") or entry.name in skipped:
                 continue
@@ -165,11 +164,27 @@ def copy_model(
         writer.write_ti_data_to_file()
         for name, weights in read_tensors(paths):
             writer.write_tensor_data(gguf.quants.quantize(change(name, weights), stored if weights.ndim > 1 else wide))
+
+
+@contextmanager
+def written_whole(path: Path, architecture: str) -> Iterator[Any]:
+    """A `gguf.GGUFWriter` whose file appears under its name when all is in it. Raises `UserError` for a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    writer = _gguf().GGUFWriter(partial, architecture)
+    try:
+        yield writer
+        size = writer.fout[0].tell()
         writer.close()
-        os.replace(partial, target)
+        if partial.stat().st_size < size:  # NumPy does not say that the last bytes of a tensor found no room
+            raise OSError("it is cut short")
+        os.replace(partial, path)
     except OSError as error:
+        hint = "make room on the disk; what was there is whole"
+        raise UserError(f"{path} could not be written: {error.strerror or error}", hint) from None
+    finally:
+        with suppress(OSError):
+            writer.close()
         partial.unlink(missing_ok=True)
-        raise UserError(f"{target} could not be written: {error.strerror}", "make room on the disk") from None
 
 
 def linear_names(shape: Shape) -> dict[str, str]:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,16 @@ from torch import Tensor
 
 from ..r1.errors import UserError
 from ..r1.gguf import Header, read_header
-from .basemodel import Shape, Weights, copy_model, fingerprint, from_gguf_rows, linear_names, to_gguf_rows
+from .basemodel import (
+    Shape,
+    Weights,
+    copy_model,
+    fingerprint,
+    from_gguf_rows,
+    linear_names,
+    to_gguf_rows,
+    written_whole,
+)
 
 Format = Literal["gguf-lora", "peft", "mlx", "merged"]
 Matrices = dict[str, tuple[Tensor, Tensor]]  # module -> A (rank, in), B (out, rank)
@@ -102,35 +110,18 @@ def load_peft(folder: Path) -> Adapter:
 
 def save_gguf(adapter: Adapter, path: Path, *, half: bool = False) -> None:
     """Write the file that llama.cpp reads, for `stillhouse serve --lora`; whole or not at all; `half`: in 16 bits."""
-    import gguf
-
     width = np.float16 if half else np.float32
-
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, adapter.shape.architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", adapter.alpha)
-    for module, tensor in linear_names(adapter.shape).items():
-        a, b = (it.detach().float().cpu().numpy() for it in adapter.matrices[module])
-        writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a, width))
-        writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape).astype(width))
-    try:
+    with written_whole(path, adapter.shape.architecture) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", adapter.alpha)
+        for module, tensor in linear_names(adapter.shape).items():
+            a, b = (it.detach().float().cpu().numpy() for it in adapter.matrices[module])
+            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(a, width))
+            writer.add_tensor(f"{tensor}.lora_b", to_gguf_rows(b, tensor, adapter.shape).astype(width))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        assert writer.fout
-        size = writer.fout[0].tell()
-        writer.close()
-        if partial.stat().st_size < size:  # NumPy does not say that the last bytes of a tensor found no room
-            raise OSError("it is cut short")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            writer.close()
-        partial.unlink(missing_ok=True)
-        hint = "make room on the disk; what was there is whole"
-        raise UserError(f"{path} could not be written: {error.strerror or error}", hint) from None
 
 
 def save_mlx(adapter: Adapter, folder: Path) -> None:
