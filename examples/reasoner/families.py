@@ -3,6 +3,7 @@
 
     python families.py --traces 1200 > traces.jsonl           prompt and response, for `stillhouse train sft`
     python families.py --items 3000 --seed 1 > items.jsonl    prompt and answer, for `stillhouse train grpo`
+    python families.py --items 3000 --seed 1 --without length,backwards > some.jsonl
 
 Questions of seed 2 are the held-out ones (`--items 480 --seed 2`): the other seeds leave them out, and the families that
 play with words take other words for them.
@@ -389,13 +390,17 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=0, metavar="COUNT")
     parser.add_argument("--items", type=int, default=0, metavar="COUNT")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", default="", metavar="FAMILY,FAMILY", help="leave these out of what is written")
     arguments = parser.parse_args()
     without = (
         frozenset()
         if arguments.seed == HELD_OUT_SEED
         else frozenset(it.text for _, it in questions(HELD_OUT, HELD_OUT_SEED))
     )
+    left_out = set(arguments.without.split(","))
     for family, it in questions(arguments.traces or arguments.items, arguments.seed, without):
+        if family in left_out:
+            continue
         if arguments.traces:
             response = f"<think>\n{it.thoughts}\n</think>\n\n{it.answer}"
             print(json.dumps({"prompt": it.text, "response": response, "family": family}))
