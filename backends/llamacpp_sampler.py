@@ -29,7 +29,7 @@ _DRY_BREAKERS = ("\n", ":", '"', "*")  # koboldcpp's: a repetition does not run 
 
 
 class LlamaSampler:
-    """Draws the tokens of one reply, in C."""
+    """Draws the tokens of one reply, by a chain in C or by one number among all chances."""
 
     __slots__ = (
         "_array", "_biased", "_biases", "_candidates", "_chain", "_memories", "_random", "_shortlist", "_temperature",
@@ -72,6 +72,8 @@ class LlamaSampler:
         self._top_p = sampling.top_p if plain and (sampling.top_p < 1 or sampling.temperature <= 0) else None
         everything = plain and self._top_p is None and sampling.min_p <= 0 and sampling.xtc_probability <= 0
         self._random = random.Random(seed) if everything else None
+        if everything:  # the chain would have nothing to do
+            return
         if sampling.temperature <= 0:
             self._add(C.llama_sampler_init_greedy())
             return
@@ -148,7 +150,7 @@ class LlamaSampler:
 
 
 class Shortlist:
-    """Finds the likeliest tokens of rows of logits; its working memory serves one row after the other."""
+    """Finds the likeliest tokens of rows of logits, or draws from all; its memory serves one row after the other."""
 
     __slots__ = ("_blocks", "_is_likely", "_ones", "_weights")
 

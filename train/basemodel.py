@@ -237,9 +237,12 @@ def _fill(
     """Put a file's tensor in its place in the module; whether there is one."""
     name = _name_in_transformers(tensor.name)
     where, _, kind = name.rpartition(".")
-    if name not in dict(module.named_parameters()):
+    try:
+        layer = module.get_submodule(where)
+    except AttributeError:
         return False
-    layer = module.get_submodule(where)
+    if not isinstance(getattr(layer, kind, None), nn.Parameter):
+        return False
     if tuple(getattr(layer, kind).shape) != tensor.shape[::-1]:
         raise BadModelFile(f"{tensor.name} has the shape {tensor.shape}, which does not fit the others")
     if weights != "expanded" and len(tensor.shape) == 2:

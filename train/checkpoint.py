@@ -27,6 +27,7 @@ from ..r1.errors import UserError
 from .board import Board
 from .config import RunConfig, dump_config
 from .export import Adapter, check_belongs_to, load_peft, replace_folder, save_gguf, save_peft
+from .jsonl import as_line, read_whole
 from .policy import Policy
 
 _CONFIG, _LOG, _COMPLETIONS, _STATE = "config.toml", "log.jsonl", "completions.jsonl", "state.json"
@@ -95,11 +96,11 @@ class RunFolder:
 
     def records(self) -> list[dict[str, Any]]:
         """The log so far."""
-        return _lines(self.path / _LOG)
+        return read_whole(self.path / _LOG)
 
     def completions(self) -> list[dict[str, Any]]:
         """What was said so far."""
-        return _lines(self.path / _COMPLETIONS)
+        return read_whole(self.path / _COMPLETIONS)
 
     def save(
         self,
@@ -163,7 +164,7 @@ class RunFolder:
         for name in (_LOG, _COMPLETIONS):
             path = self.path / name
             if path.exists():
-                _write(path, "".join(_line(it) for it in _lines(path) if it.get("step", 0) <= step))
+                _write(path, "".join(as_line(it) for it in read_whole(path) if it.get("step", 0) <= step))
 
     def _numbered(self) -> list[Path]:
         return sorted(it for it in (self.path / "checkpoints").glob("[0-9]*") if it.name.isdigit())
@@ -171,7 +172,7 @@ class RunFolder:
     def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, records))
+                file.writelines(map(as_line, records))
         except OSError as error:
             raise _unwritable(self.path / name, error) from None
 
@@ -197,22 +198,6 @@ def _check_size(adapter: Adapter, policy: Policy, where: Path) -> None:
             f"{policy.rank} and {policy.alpha:g}",
             f"--set lora.rank={adapter.rank} --set lora.alpha={adapter.alpha:g}",
         )
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; one that was cut off by a crash is dropped."""
-    found = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -200,15 +200,14 @@ def _go_on(config: RunConfig) -> str:
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from .evaluate import by_column, difference, evaluate, form_of
-    from .rewards import Rewards
+    from .evaluate import by_column, difference, evaluate, form_of, require_answers
     from .rollout import find_model, open_rollouts
     from .tasks import open_task
 
     paths, folder = find_model(arguments.model or config.model.name)
     task = open_task(config.task)
     items = task.held_out[: arguments.items]
-    Rewards({"accuracy": 1.0}).check(items, config.task.held_out or config.task.name)
+    require_answers(items, config.task.held_out or config.task.name)
     base = find_model(f"{config.model.name}+{arguments.against}")[1] if arguments.against else None
     compared: dict[str, Path | None] = {"base": None} if base is None else {base.name: base / "adapter.gguf"}
     if folder:

@@ -21,6 +21,7 @@ from ..r1.clock import duration
 from ..r1.errors import UserError
 from ..r1.prompt import CLOSE, OPEN
 from .config import RunConfig
+from .jsonl import as_line
 from .rewards import Asked, Rewards
 from .rollout import find_model, open_rollouts
 from .tasks import Item, messages, open_task
@@ -105,7 +106,7 @@ class Collection:
         with _writing(path):
             for file, lines in ((self._told, sorted(self.asked)), (path, kept)):
                 partial = file.with_name(file.name + ".partial")
-                partial.write_text("".join(map(_line, lines)), encoding="utf-8")
+                partial.write_text("".join(map(as_line, lines)), encoding="utf-8")
                 os.replace(partial, file)
 
     def add(self, item: Item, replies: Sequence[str], **columns: str) -> None:
@@ -114,7 +115,7 @@ class Collection:
         with _writing(self._path):
             for file, lines in ((self._path, rows), (self._told, [item.id])):
                 with file.open("a", encoding="utf-8") as end:
-                    end.write("".join(map(_line, lines)))
+                    end.write("".join(map(as_line, lines)))
                     end.flush()
                     os.fsync(end.fileno())
         self.asked.add(item.id)
@@ -229,10 +230,6 @@ def _read(path: Path) -> list[Any]:
             if number < len(lines):
                 raise UserError(f"{path}, row {number} is not JSON: {error}", "choose another --out") from None
     return found
-
-
-def _line(record: Any) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 @contextmanager

@@ -109,6 +109,11 @@ class Evaluation:
         return numbers
 
 
+def require_answers(items: Sequence[Item], where: str) -> None:
+    """Raise `UserError` for an item that has no answer to be judged by."""
+    Rewards({"accuracy": 1.0}).check(items, where)
+
+
 def evaluate(
     rollouts: Rollouts,
     items: Sequence[Item],

@@ -25,7 +25,7 @@ from .basemodel import read_base
 from .checkpoint import RunFolder, adapter_of, start_from
 from .config import RunConfig
 from .episodes import Episode, completions, describe, line
-from .evaluate import Evaluation, evaluate, form_of
+from .evaluate import Evaluation, evaluate, form_of, require_answers
 from .export import save_gguf
 from .learn import Learner
 from .live import open_fitting, room_for
@@ -76,7 +76,7 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
     paths, _ = find_model(config.model.name)
     task = open_task(config.task)
     rewards.check((*task.train, *task.held_out), config.task.name)
-    Rewards({"accuracy": 1.0}).check(task.held_out[: config.evaluation.items], config.task.held_out or config.task.name)
+    require_answers(task.held_out[: config.evaluation.items], config.task.held_out or config.task.name)
     folder = RunFolder(Path(config.out))
     folder.begin(config, resume=resume)
     use_threads(config.rollout.threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..r1.clock import duration
 from ..r1.errors import UserError
 from .curves import STYLE, Line, draw
+from .jsonl import read_whole
 from .reflect import LISTS, reflects
 
 _CURVES = (  # title; keys in the log, with a label where there are two
@@ -51,10 +51,10 @@ _HEAD = (
 
 def write_report(folder: Path, output: Path) -> Path:
     """Write the page. Raises `UserError` where there is no run, or no room for the page."""
-    records = _records(folder / "log.jsonl")
+    records = read_whole(folder / "log.jsonl")
     if not records:
         raise UserError(f"there is no run with a log in {folder}", "name the folder of a run")
-    completions = _records(folder / "completions.jsonl")
+    completions = read_whole(folder / "completions.jsonl")
     steps = [record for record in records if record["kind"] in ("grpo", "sft")]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     config = folder / "config.toml"
@@ -195,9 +195,3 @@ def _sample(it: dict[str, Any], among: int) -> str:
     thoughts, closed, rest = html.escape(it["text"]).partition("&lt;/think&gt;")
     text = f"<span class=dim>{thoughts}{closed}</span>{rest}" if closed else thoughts
     return f"<p class=told><b class='{kind}'>{kind}</b> <span class=dim>{told}</span><pre class='{kind}'>{text}</pre>"
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
