@@ -63,7 +63,7 @@ def open_task(config: TaskConfig) -> Task:
     if not train:
         raise UserError(
             f"{config.name} has {len(items)} different questions, and all of them are held out",
-            "lower task.held_out_size, or widen the generator's options",
+            "lower task.held_out_size, or add rows to a file, or widen a generator's options",
         )
     return Task(config.name, train, held_out, len(items) - len(train))
 
