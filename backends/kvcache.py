@@ -80,6 +80,18 @@ class KVCache:
         assert sequence is not None
         return sequence
 
+    def highest(self) -> CachedSequence | None:
+        """The running sequence with the highest id."""
+        return max((it for it in self._sequences.values() if it.running), key=lambda it: it.id, default=None)
+
+    def move(self, sequence: CachedSequence, place: int) -> None:
+        """Give a sequence another id, which is free; its own is free then."""
+        self._free_ids.remove(place)
+        del self._sequences[sequence.id]
+        self._free_ids.append(sequence.id)
+        sequence.id = place
+        self._sequences[place] = sequence
+
     def resume(self, sequence: CachedSequence, length: int) -> None:
         """Run a retained sequence again, cut to its first `length` tokens."""
         del sequence.tokens[length:]

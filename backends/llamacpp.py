@@ -154,6 +154,7 @@ class LlamaCpp:
         for reply in self._line.park():  # what it has decoded stays in the cache, where it will find it again
             self._vacate(reply)
         self._line.admit(self._cache.found if self._cache.reuses else len, self._begin)
+        self._cache.close_gaps()
 
     def _begin(self, reply: _Running) -> bool:
         sequence = self._cache.begin(reply.todo)

@@ -1,7 +1,8 @@
 """llama.cpp's KV cache, with what `kvcache.py` knows of it and a store in RAM behind it.
 
 Where memory allows, every place in the batch has cells of its own (*partitioned*): a token looks at its own sequence
-only. A prefix that lies in another place is copied, through RAM.
+only. A prefix that lies in another place is copied, through RAM. So is a running sequence, into a place below it that
+has become idle: llama.cpp decodes neighbours together.
 
 Otherwise all share one pool (*pooled*): prefixes are shared for nothing and a long reply can borrow, but each new token
 looks at every cell in use, its own or not; on a CPU idle conversations can cost more than the model. So only as many
@@ -55,6 +56,7 @@ class LlamaCache:
         self._store = PrefixStore(most if stored_bytes is None else stored_bytes)
         # The state of recurrent layers cannot be cut back to a prefix.
         self.reuses = not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
+        self._dearest_move = C.llama_model_size(model) // 4  # bytes: copied out and in, half of what a step reads
         heads = C.llama_model_n_layer(model) * C.llama_model_n_head(model)
         self._idle_cells = max(128, C.llama_model_size(model) // (max(1, heads) * _BYTES_PER_HEAD_CELL))
 
@@ -118,7 +120,7 @@ class LlamaCache:
         if source and source is not resident and there > length and there * _DEAREST_COPY >= source.length:
             tokens, data, length = source.tokens[:], self._save(source), there
         if resident is not None and here < _WORTH_STORING * resident.length:
-            self._store.put(resident.tokens[:], lambda: self._save(resident))
+            self._stash(resident)
         if data is None and resident is not None:
             C.llama_memory_seq_rm(self._memory, place, here, -1)
             self._cache.resume(resident, here)
@@ -129,6 +131,27 @@ class LlamaCache:
         if data is not None:
             self._restore(sequence, tokens, data, length)
         return sequence
+
+    def close_gaps(self) -> None:
+        """Move the running sequences that are behind an idle place into it, where a copy costs less than a step.
+
+        llama.cpp decodes a run of neighbours together: all weights are read once more for every gap among them.
+        """
+        while self._partitioned and self.reuses:
+            place, resident = self._cache.lowest()
+            last = self._cache.highest()
+            if place is None or last is None or last.id < place:
+                return
+            if C.llama_state_seq_get_size(self._context, last.id) > self._dearest_move:
+                return
+            data = self._save(last)
+            if resident is not None:
+                self._stash(resident)
+                self.discard(resident)
+            if not self._load(data, place):
+                return
+            self._remove(last)
+            self._cache.move(last, place)
 
     def end(self, sequence: CachedSequence, *, others_run: bool) -> None:
         """Keep a sequence that no longer runs, for the next prompt that begins like it."""
@@ -172,13 +195,21 @@ class LlamaCache:
         written = C.llama_state_seq_get_data(self._context, data.ctypes.data_as(_BYTES), size, sequence.id)
         return data if written == size else data[:0]
 
+    def _stash(self, sequence: CachedSequence) -> None:
+        self._store.put(sequence.tokens[:], lambda: self._save(sequence))
+
     def _restore(self, sequence: CachedSequence, tokens: array[int], data: NDArray[np.uint8], length: int) -> None:
         """Copy a stored sequence back. Where it does not fit, the sequence stays empty and is decoded."""
-        if len(data) and C.llama_state_seq_set_data(self._context, data.ctypes.data_as(_BYTES), len(data), sequence.id):
+        if self._load(data, sequence.id):
             C.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
             sequence.tokens.extend(tokens[:length])
-        else:
-            self._remove(sequence)
+
+    def _load(self, data: NDArray[np.uint8], place: int) -> bool:
+        """Put a saved sequence into a place that is empty; false, with the place still empty, where it does not fit."""
+        if len(data) and C.llama_state_seq_set_data(self._context, data.ctypes.data_as(_BYTES), len(data), place):
+            return True
+        C.llama_memory_seq_rm(self._memory, place, -1, -1)
+        return False
 
     def _remove(self, sequence: CachedSequence) -> None:
         C.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)

@@ -97,6 +97,24 @@ class Cells(RuleBasedStateMachine):
         self.cache.drop(sequence)
         del self.plain[sequence]
 
+    @precondition(lambda self: self.running and len(self.plain) < SEQUENCES)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """Into any place that is free; what it holds stays the same, and its own place is free."""
+        sequence = data.draw(st.sampled_from(self.running))
+        place = data.draw(st.sampled_from(sorted(set(range(SEQUENCES)) - {it.id for it in self.plain})))
+        self.cache.move(sequence, place)
+        self.touch(sequence)
+        assert sequence.id == place
+
+    @invariant()
+    def places_are_told(self) -> None:
+        """The lowest that nothing runs in, with what is retained there, and the highest that something runs in."""
+        here = {it.id: it for it in self.plain}
+        idle = [n for n in range(SEQUENCES) if n not in here or not here[n].running]
+        assert self.cache.lowest() == ((idle[0], here.get(idle[0])) if idle else (None, None))
+        assert self.cache.highest() is max(self.running, key=lambda it: it.id, default=None)
+
     @rule()
     def clear(self) -> None:
         self.cache.clear()

@@ -126,6 +126,54 @@ def test_what_left_the_cache_is_found_in_ram(open_llama, random_path, parallel):
     assert cached(reply(backend, prompts[2][:40] + "!", 2)) == 40
 
 
+# Places
+
+
+def places(backend: LlamaCpp) -> list[int]:
+    """Where replies run."""
+    return sorted(running.sequence.id for running in backend._line.running if running.sequence)
+
+
+def test_replies_stay_neighbours_when_others_end(open_llama, random_path):
+    """llama.cpp reads all weights once more for every gap among them."""
+    backend = open_llama(random_path, context=256, cache_tokens=6 * 256, parallel=6, kv_type="f32")
+    prompts = [chr(65 + n) * (20 + n) for n in range(6)]
+    lengths = [3, 30, 8, 20, 5, 40]
+    alone = [ids(reply(backend, prompt, length)) for prompt, length in zip(prompts, lengths, strict=True)]
+    clear(backend)
+    requests = [ask(backend, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+    said: dict[str, list[Token]] = {request.id: [] for request in requests}
+    while backend._line.running or backend._line.waiting:
+        backend._admit()
+        running = places(backend)
+        assert running == list(range(len(running)))
+        for token in backend.step():
+            said[token.request_id].append(token)
+    assert [ids(said[request.id]) for request in requests] == alone
+
+
+def test_what_another_reply_took_the_place_of_is_found_in_ram(open_llama, random_path):
+    backend = open_llama(random_path, context=256, cache_tokens=2 * 256, parallel=2)
+    first, second = ask(backend, "a" * 60, 2), ask(backend, "b" * 60, 10)
+    tokens = run(backend)
+    for other in range(2):  # both places
+        reply(backend, str(other) * 60, 2)
+    again = {request.id: reply(backend, request.prompt_ids, request.max_tokens) for request in (first, second)}
+    assert [cached(again[it.id]) for it in (first, second)] == [59, 59]
+    assert [ids(again[it.id]) for it in (first, second)] == [ids(tokens[it.id]) for it in (first, second)]
+
+
+def test_a_reply_that_is_dear_to_move_stays_where_it_is(open_llama, random_path):
+    backend = open_llama(random_path, context=256, cache_tokens=2 * 256, parallel=2)
+    backend._cache._dearest_move = 100  # bytes
+    ask(backend, "a" * 60, 2)
+    long = ask(backend, "b" * 60, 10)
+    for _ in range(5):
+        backend.step()
+    assert places(backend) == [1]
+    assert len(run(backend)[long.id]) > 0
+
+
 # Chunks
 
 

@@ -143,6 +143,7 @@ class Segment(NamedTuple):
     prompt: slice
     replies: Tensor  # (R, L), a reply's rows; behind its end any other
     real: Tensor  # (R, L), bool: not behind its end
+    sees: Tensor  # (L, prompt + L), bool: all of the prompt, and of its own reply what came before
 
 
 class Packed(NamedTuple):
@@ -187,8 +188,11 @@ def pack(groups: Sequence[Group], device: torch.device) -> Packed:
             lengths.append(len(reply))
             starts.append(here)
         read = integers([len(reply) - 1 for reply in replies])[:, None]
-        at = torch.arange(int(read.max()) if replies else 0, device=device)[None]
-        segments.append(Segment(prompt, (integers(starts)[:, None] + at).clamp(max=len(ids) - 1), at < read))
+        longest, before = int(read.max()) if replies else 0, len(prompt_ids)
+        at = torch.arange(longest, device=device)[None]
+        places = (integers(starts)[:, None] + at).clamp(max=len(ids) - 1)
+        sees = torch.ones(longest, before + longest, dtype=torch.bool, device=device).tril(before)
+        segments.append(Segment(prompt, places, at < read, sees))
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     return Packed(
         integers(ids), integers(positions), tuple(segments), integers(rows), integers(targets), mask.to(device)
@@ -225,29 +229,30 @@ def _shared_prefix_attention(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
+    grouped = query.device.type == "cpu"  # its kernel shares keys among heads; CUDA's with a mask does not
+    if repeats > 1 and not grouped:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts: list[Tensor] = []
-    for prompt, replies, real in segments:
+    for segment in segments:
+        prompt, replies = segment.prompt, segment.replies
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
         own = functional.scaled_dot_product_attention(
-            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling
+            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=grouped
         )
         parts.append(own[0].transpose(0, 1))  # (P, heads, head)
         count, longest = replies.shape
         if not longest:
             continue
         mine, keys, values = (it[0, :, replies].transpose(0, 1) for it in (query, key, value))  # (R, heads, L, head)
-        before = prompt_key.shape[2]
-        sees = torch.ones(longest, before + longest, dtype=torch.bool, device=query.device).tril(before)
         attended = functional.scaled_dot_product_attention(
             mine,
             torch.cat([prompt_key.expand(count, -1, -1, -1), keys], 2),
             torch.cat([prompt_value.expand(count, -1, -1, -1), values], 2),
-            attn_mask=sees,
+            attn_mask=segment.sees,
             scale=scaling,
+            enable_gqa=grouped,
         )
-        parts.append(attended.transpose(1, 2)[real])
+        parts.append(attended.transpose(1, 2)[segment.real])
     return torch.cat(parts)[None]
 
 
