@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=54)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
-    parser.add_argument("--kept", choices=("expanded", "f16", "packed"), default="expanded", help="model.weights")
+    parser.add_argument("--kept", choices=("packed", "f16", "expanded"), default="packed", help="model.weights")
     parser.add_argument("--token-budget", type=int, default=512, help="grpo.token_budget")
     parser.add_argument("--engine", choices=("llama.cpp", "pytorch", "auto"), default="llama.cpp")
     parser.add_argument("--weights", choices=("auto", "f16", "bf16", "f32", "served"), default="auto")

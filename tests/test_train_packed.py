@@ -13,8 +13,7 @@ torch = pytest.importorskip("torch", reason="training needs torch: pip install '
 pytest.importorskip("transformers", reason="training needs transformers: pip install 'stillhouse[train]'")
 gguf = pytest.importorskip("gguf", reason="compares with gguf: pip install 'stillhouse[train]'")
 
-from stillhouse.r1.errors import UserError  # noqa: E402 - only where torch is
-from stillhouse.r1.gguf import TENSOR_TYPES, read_header  # noqa: E402
+from stillhouse.r1.gguf import TENSOR_TYPES, read_header  # noqa: E402 - only where torch is
 from stillhouse.train import export, packed  # noqa: E402
 from stillhouse.train.basemodel import copy_model, read_base, read_tensors  # noqa: E402
 from stillhouse.train.checkpoint import adapter_of  # noqa: E402
@@ -172,15 +171,18 @@ def test_without_its_adapter_packed_is_the_base(mixed):
     assert torch.equal(*references)
 
 
-def test_a_type_that_cannot_stay_packed_is_told_by_its_tensor(random_model, tmp_path):
-    rows = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    assert "TQ2_0" not in packed.KINDS and rows.shape[1] % SIZES["TQ2_0"][0] == 0
+def test_a_type_that_cannot_stay_packed_is_expanded(random_model, tmp_path):
+    assert "TQ2_0" not in packed.KINDS
     whole = random_model.write_model(tmp_path / "whole.gguf", forward=256)
     path = quantize(whole, tmp_path / "odd.gguf", unknown="ffn_down")
-    with pytest.raises(UserError, match=r"blk\.0\.ffn_down\.weight is in TQ2_0, which cannot stay packed; F32, F16, "):
-        read_base((path,), weights="packed")
-    for weights in ("expanded", "f16"):
-        assert read_base((path,), weights=weights).shape.blocks == 2
+    kept, half, expanded = (
+        read_base((path,), weights=weights).module.model.layers[0].mlp for weights in ("packed", "f16", "expanded")
+    )
+    assert isinstance(kept.up_proj, packed.Linear)
+    assert not isinstance(kept.down_proj, packed.Linear)
+    assert torch.equal(kept.down_proj.weight, expanded.down_proj.weight)
+    assert torch.equal(kept.up_proj.weight, expanded.up_proj.weight)
+    assert half.down_proj.matrix.kind == half.up_proj.matrix.kind == "F16"
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 300])

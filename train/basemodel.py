@@ -26,7 +26,7 @@ from ..r1.gguf import Header, TensorInfo, read_header
 from . import packed
 
 Weights = NDArray[np.float32]
-Kept = Literal["expanded", "f16", "packed"]  # how the matrices stay in memory
+Kept = Literal["packed", "f16", "expanded"]  # how the matrices stay in memory
 _Number = TypeVar("_Number", np.float32, np.uint8)
 
 LINEAR = {  # a block's linear layers: the name in a GGUF file -> in transformers
@@ -72,7 +72,7 @@ class BaseModel:
 
 
 def read_base(paths: tuple[Path, ...], dtype: torch.dtype = torch.float32, weights: Kept = "expanded") -> BaseModel:
-    """Load a GGUF model for training. Raises `BadModelFile` or `UserError`."""
+    """Load a GGUF model for training; what cannot stay packed is expanded. Raises `BadModelFile` or `UserError`."""
     if paths[0].suffix != ".gguf":
         raise UserError(
             f"{paths[0].name} is not a GGUF file, and training starts from what is served",
@@ -245,7 +245,8 @@ def _fill(
         return False
     if tuple(getattr(layer, kind).shape) != tensor.shape[::-1]:
         raise BadModelFile(f"{tensor.name} has the shape {tensor.shape}, which does not fit the others")
-    if weights != "expanded" and len(tensor.shape) == 2:
+    kept = weights == "f16" or (weights == "packed" and tensor.type in packed.KINDS)
+    if kept and len(tensor.shape) == 2:
         matrix = _keep(tensor, from_gguf_rows(rows, tensor.name, shape), dtype, weights)
         is_embedding = isinstance(layer, nn.Embedding)
         module.set_submodule(where, packed.Embedding(matrix) if is_embedding else packed.Linear(matrix, layer))
@@ -261,11 +262,6 @@ def _keep(tensor: TensorInfo, rows: NDArray[np.uint8], dtype: torch.dtype, weigh
     if weights == "f16" and tensor.type != "F16":
         halves = torch.from_numpy(_expand(tensor, rows)).half()
         return packed.Matrix(halves.view(torch.uint8), "F16", dtype)
-    if tensor.type not in packed.KINDS:
-        raise UserError(
-            f"{tensor.name} is in {tensor.type}, which cannot stay packed; {', '.join(packed.KINDS)} can",
-            'model.weights = "expanded" takes every type',
-        )
     return packed.Matrix(torch.from_numpy(rows), tensor.type, dtype)
 
 

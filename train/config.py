@@ -28,9 +28,7 @@ class ModelConfig:
 
     name: str = BASE_MODEL  # anything `stillhouse serve` takes that is a GGUF
     dtype: Literal["f32", "bf16"] = "f32"  # that frozen weights are multiplied in
-    weights: Literal["expanded", "f16", "packed"] = (
-        "expanded"  # how they stay in memory: so, in 16 bits, as in the file
-    )
+    weights: Literal["packed", "f16", "expanded"] = "packed"  # how they stay in memory: as in the file, or as numbers
     device: str = "auto"  # cpu, cuda, mps; auto: what there is
     checkpointing: bool = False  # recompute activations: less memory, a third more time
 
