@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..backends import ggml
 from ..r1.errors import BadModelFile, UserError
 from ..r1.gguf import Header, TensorInfo, read_header
 from . import packed
@@ -223,12 +224,7 @@ def _rotated_heads(tensor: str, shape: Shape) -> int:
 
 def _expand(tensor: TensorInfo, rows: NDArray[np.uint8]) -> Weights:
     """A tensor's bytes as numbers of its shape, rows first."""
-    if tensor.type in packed.KINDS:
-        numbers = packed.unpack(torch.from_numpy(rows), tensor.type).numpy()
-    else:
-        gguf = _gguf()
-        numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type])
-    return numbers.reshape(tensor.shape[::-1])
+    return ggml.dequantize(tensor.type, rows, tensor.shape[0]).reshape(tensor.shape[::-1])
 
 
 def _fill(

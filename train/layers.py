@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .packed import Linear
+from .packed import Linear, rows_of
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class _GatedLora(torch.autograd.Function):
 
 def _product(x: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
     """x through a layer, and the inside of its adapter: (M, in) -> (M, out), (M, rank)."""
-    weight = layer.base.weight
+    weight = rows_of(layer.base)
     y = functional.linear(x.to(weight.dtype), weight, layer.base.bias)
     wide = x.to(a.dtype) if x.dtype.itemsize < a.dtype.itemsize else x
     low = wide @ a.to(wide.dtype).T
@@ -157,7 +157,7 @@ def _gradients(
     down_b = (wide.T @ low).mul_(layer.scale).to(b.dtype)
     if not is_wanted:
         return None, down_a, down_b
-    weight = layer.base.weight
+    weight = rows_of(layer.base)
     down = (gradient.to(weight.dtype) @ weight).to(wide.dtype)
     return down.addmm_(through, a.to(wide.dtype)).to(x.dtype), down_a, down_b
 

@@ -1,10 +1,12 @@
 """Frozen matrices that stay in the bytes of a GGUF file: made into numbers where they are used, and dropped.
 
-The numbers are those of the package `gguf`, bit for bit, on any device. Knows nothing of files and adapters.
+On a CPU ggml makes the numbers, elsewhere PyTorch does, the same to the bit: every product in a block is exact in 32
+bits, so that it does not matter who rounds when. Knows nothing of files and adapters.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..backends import ggml
 from ..r1.gguf import TENSOR_TYPES
 
 _BLOCK_BYTES = {name: size for name, _, size in TENSOR_TYPES.values()}
 _IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+
+
+class Room(threading.local):
+    """A thread's memory on a CPU for one matrix at a time, used again and again: many would leave the heap in holes."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """So many float32; what was there before is overwritten."""
+        if self._numbers.numel() < count:
+            self._numbers = torch.empty(count)
+        return self._numbers[:count]
 
 
 class Matrix(nn.Module):
@@ -29,9 +45,9 @@ class Matrix(nn.Module):
         self.kind = kind  # "Q4_K"
         self.dtype = dtype  # of the numbers
 
-    def rows(self, which: Tensor | slice = slice(None)) -> Tensor:
+    def rows(self, which: Tensor | slice = slice(None), room: Room | None = None) -> Tensor:
         """Some of the rows, or all, as numbers: (R, C), made anew."""
-        return unpack(self.blocks[which], self.kind).to(self.dtype)
+        return unpack(self.blocks[which], self.kind, room).to(self.dtype)
 
 
 class Linear(nn.Module):
@@ -70,13 +86,28 @@ class Embedding(nn.Module):
         return self.matrix.rows(ids.flatten()).view(*ids.shape, -1)
 
 
-def rows_of(layer: nn.Linear | Linear, which: Tensor | slice) -> Tensor:
-    """Some rows of a linear layer's matrix, packed or not."""
-    return layer.matrix.rows(which) if isinstance(layer, Linear) else layer.weight[which]
+_ROOM = Room()
 
 
-def unpack(rows: Tensor, kind: str) -> Tensor:
+def rows_of(layer: nn.Linear | Linear, which: Tensor | slice = slice(None)) -> Tensor:
+    """Rows of a linear layer's matrix, all or some, for one product: the next call overwrites what was packed."""
+    return layer.matrix.rows(which, _ROOM) if isinstance(layer, Linear) else layer.weight[which]
+
+
+def unpack(rows: Tensor, kind: str, room: Room | None = None) -> Tensor:
     """Rows of one of `KINDS` as numbers: (R, bytes of a row), uint8 -> (R, C), float32."""
+    if rows.device.type != "cpu" or kind == "F32":  # of which ggml makes nothing
+        return by_torch(rows, kind)
+    _, block, size = TENSOR_TYPES[ggml.NUMBERS[kind]]
+    rows = rows.contiguous()
+    cols = rows.shape[-1] // size * block
+    numbers = room.take(len(rows) * cols).view(-1, cols) if room else torch.empty(len(rows), cols)
+    ggml.to_float(kind)(rows.data_ptr(), numbers.data_ptr(), numbers.numel())  # several times as fast as PyTorch
+    return numbers
+
+
+def by_torch(rows: Tensor, kind: str) -> Tensor:
+    """The same on any device."""
     return KINDS[kind](rows.unflatten(-1, (-1, _BLOCK_BYTES[kind]))).flatten(-2)
 
 
