@@ -23,7 +23,7 @@ from .layers import LoraLinear, Switch, lighten, share_changed
 from .packed import Linear, rows_of
 
 _ATTENTION = "stillhouse_shared_prefix"
-_CHUNK = 4096  # tokens of the vocabulary whose logits exist at once
+_CHUNK = 1024  # tokens of the vocabulary whose logits exist at once
 _WIDEST_INITIAL = math.sqrt(5)  # PEFT's own start for A: uniform, 1/sqrt(in)
 
 
