@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .gguf_blocks import Floats, block_size, dequantize, needs_importance, quantize, row_bytes
+from ..backends.ggml import dequantize, row_bytes
+from .gguf_blocks import Floats, block_size, needs_importance, quantize
 from .sensitivity import Candidate
 
 TYPES = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")

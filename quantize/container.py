@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..backends.ggml import NUMBERS as TYPE_NUMBERS
 from ..r1.gguf import ARRAY, BOOL, DEFAULT_ALIGNMENT, NUMBERS, STRING, Header
-from .gguf_blocks import NUMBERS as TYPE_NUMBERS
 
 VERSION = 3
 U32, I32, F32 = 4, 5, 6

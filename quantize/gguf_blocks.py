@@ -1,4 +1,4 @@
-"""Rows of weights to ggml's blocks and back, in this process, through ggml's own C functions (or `gguf_kernel`).
+"""Rows of weights to ggml's blocks, in this process, through ggml's own C functions (or `gguf_kernel`).
 
 The bytes are those of `llama_model_quantize`, which calls the same functions. Rows are independent of one another, so
 neither the size of a slab nor the number of threads can change a byte. ctypes lets go of the GIL while C works: rows in

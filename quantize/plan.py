@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backends.ggml import row_bytes
 from .architectures import Metadata
 from .container import aligned, encode_header
-from .gguf_blocks import row_bytes
 from .recipes import Choice
 from .weights import Weights
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.ggml import dequantize, row_bytes
 from ..r1.gguf import Header, read_header, split_files
 from .architectures import (
     Metadata,
@@ -27,7 +28,7 @@ from .architectures import (
 )
 from .container import read_metadata
 from .errors import SourceInvalid
-from .gguf_blocks import Blocks, Floats, dequantize, row_bytes
+from .gguf_blocks import Blocks, Floats
 from .source import Checkpoint, SourceFile
 from .vocabulary import Vocabulary, read_vocabulary
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
+from stillhouse.backends.ggml import NUMBERS
 from stillhouse.quantize import gguf, plan, recipes, source, weights
 from stillhouse.quantize.container import read_metadata
-from stillhouse.quantize.gguf_blocks import NUMBERS
 from stillhouse.r1.gguf import read_header
 
 _LOG: list[str] = []

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from stillhouse.backends.ggml import dequantize, row_bytes
 from stillhouse.quantize import gguf_blocks as blocks
 from stillhouse.quantize import gguf_kernel
 
@@ -22,8 +23,8 @@ def weights(rows: int, cols: int) -> np.ndarray:
 def test_what_comes_back_is_as_close_as_its_bits_allow(type):
     rows = weights(8, 512)
     packed = blocks.quantize(type, rows)
-    assert packed.shape == (8, blocks.row_bytes(type, 512))
-    error = np.square(blocks.dequantize(type, packed, 512) - rows).mean() / np.square(rows).mean()
+    assert packed.shape == (8, row_bytes(type, 512))
+    error = np.square(dequantize(type, packed, 512) - rows).mean() / np.square(rows).mean()
     assert error < 8 * 0.25 ** min(blocks.bits_per_weight(type), 9)  # 9: the mantissa of a BF16
 
 
@@ -44,7 +45,7 @@ def test_importance_changes_what_is_rounded_well():
     rows, importance = weights(64, 256), np.full(256, 1e-4, np.float32)
     importance[:32] = 1
     plain, weighed = (
-        np.square(blocks.dequantize("Q4_K", blocks.quantize("Q4_K", rows, how), 256) - rows)[:, :32].sum()
+        np.square(dequantize("Q4_K", blocks.quantize("Q4_K", rows, how), 256) - rows)[:, :32].sum()
         for how in (None, importance)
     )
     assert weighed < plain

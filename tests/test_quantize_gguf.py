@@ -16,8 +16,9 @@ import pytest
 
 from stillhouse.__main__ import main
 from stillhouse.backends.base import GenerationRequest
+from stillhouse.backends.ggml import row_bytes
 from stillhouse.quantize import gguf, importance, job, sensitivity
-from stillhouse.quantize.gguf_blocks import bits_per_weight, row_bytes
+from stillhouse.quantize.gguf_blocks import bits_per_weight
 from stillhouse.quantize.recipes import assign, is_quantizable
 from stillhouse.quantize.source import Checkpoint, open_checkpoint
 from stillhouse.quantize.weights import from_checkpoint
