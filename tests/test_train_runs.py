@@ -79,6 +79,14 @@ def test_the_faster_engine_is_taken_of_those_that_keep_to_the_trainer(configure,
         open_run(replace(config, out=f"{config.out}-3"), report=quiet)
 
 
+@pytest.mark.parametrize("weights, told", [("packed", True), ("expanded", False)])
+def test_what_makes_pytorch_draw_slowly_on_a_cpu_is_told(configure, weights, told):
+    said: list[str] = []
+    config = configure(**{"rollout.engine": "pytorch", "model.weights": weights, "model.device": "cpu"})
+    open_run(config, report=said.append).close()
+    assert any('model.weights = "expanded" would be faster' in words for words in said) == told
+
+
 @pytest.mark.parametrize("threads, told, used", [(0, "3", 3), (0, "2,1", 2), (2, "3", 2)])
 def test_engine_and_trainer_have_as_many_threads_as_they_are_told(configure, monkeypatch, threads, told, used):
     llama_cpp = pytest.importorskip("llama_cpp")

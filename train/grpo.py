@@ -110,7 +110,7 @@ def open_run(config: RunConfig, *, resume: bool = False, report: Report = print)
         report=report,
     )
     state.engine = "pytorch" if rollouts.is_live else "llama.cpp"
-    if rollouts.is_live and device.type == "cpu" and config.model.weights != "expanded":
+    if drawing.engine == "pytorch" and device.type == "cpu" and config.model.weights != "expanded":
         report('rollouts: PyTorch makes all numbers anew for every token; model.weights = "expanded" would be faster')
     give_back_memory()  # that loading took: the first step has its own use for it
     kl_stop = config.rollout.kl_stop or rollouts.kl_stop
