@@ -29,20 +29,26 @@ def row_bytes(type: str, cols: int) -> int:
     return cols // block * size
 
 
-def dequantize(type: str, blocks: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
-    """Blocks (R, row_bytes) as the weights (R, C) that they stand for, as llama.cpp reads them."""
+def dequantize(
+    type: str, blocks: NDArray[np.uint8], cols: int, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Blocks (R, row_bytes) as the weights (R, C) that they stand for, as llama.cpp reads them.
+
+    `out`, a contiguous (R, C), is filled where it is given and anything has to be computed: F32 is only looked at.
+    """
     blocks = np.ascontiguousarray(blocks, np.uint8).reshape(-1, row_bytes(type, cols))
     if type == "F32":
         return blocks.view(np.float32)
-    out = np.empty((len(blocks), cols), np.float32)
+    if out is None:
+        out = np.empty((len(blocks), cols), np.float32)
+    assert out.shape == (len(blocks), cols) and out.flags.c_contiguous and out.dtype == np.float32
     if len(blocks):
-        to_float(type)(blocks.ctypes.data, out.ctypes.data, out.size)
+        _to_float(type)(blocks.ctypes.data, out.ctypes.data, out.size)
     return out
 
 
 @functools.cache
-def to_float(type: str) -> Any:
-    """ggml's function that reads blocks of a type: (address of the blocks, address of the floats, how many floats)."""
+def _to_float(type: str) -> Any:
     name, block, size = TENSOR_TYPES[NUMBERS[type]]
     traits = library().ggml_get_type_traits(NUMBERS[type]).contents
     told = (traits.type_name.decode().lower(), traits.block_size, traits.type_size)
@@ -52,7 +58,7 @@ def to_float(type: str) -> Any:
 
 
 class _Traits(ctypes.Structure):
-    """The head of ggml's `ggml_type_traits`; `to_float` checks that this build's is the same."""
+    """The head of ggml's `ggml_type_traits`; `_to_float` checks that this build's is the same."""
 
     _fields_ = [
         ("type_name", ctypes.c_char_p),

@@ -19,6 +19,7 @@ from typing import Any
 import llama_cpp as C
 import numpy as np
 
+from ..backends import ggml
 from ..backends.open import open_watched
 from .importance import Importance, Sums
 from .kld import Ids
@@ -51,10 +52,7 @@ _Tensor._fields_ = [
 @functools.cache
 def _ggml() -> tuple[Any, int]:
     """ggml's functions, and the number of its matrix product. Raises `RuntimeError` where a tensor looks different."""
-    import llama_cpp._ctypes_extensions as extensions
-    import llama_cpp._ggml as ggml
-
-    base: Any = extensions.load_shared_library("ggml-base", ggml.libggml_base_path)
+    base = ggml.library()
     base.ggml_op_name.restype, base.ggml_op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
     base.ggml_backend_buffer_is_host.restype = ctypes.c_bool
     base.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]

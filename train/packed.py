@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..backends import ggml
 from ..r1.gguf import TENSOR_TYPES
 
-_BLOCK_BYTES = {name: size for name, _, size in TENSOR_TYPES.values()}
+_BLOCKS = {name: (weights, size) for name, weights, size in TENSOR_TYPES.values()}  # of a block; size in bytes
 _IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 
 
@@ -96,19 +96,17 @@ def rows_of(layer: nn.Linear | Linear, which: Tensor | slice = slice(None)) -> T
 
 def unpack(rows: Tensor, kind: str, room: Room | None = None) -> Tensor:
     """Rows of one of `KINDS` as numbers: (R, bytes of a row), uint8 -> (R, C), float32."""
-    if rows.device.type != "cpu" or kind == "F32":  # of which ggml makes nothing
+    if rows.device.type != "cpu":
         return by_torch(rows, kind)
-    _, block, size = TENSOR_TYPES[ggml.NUMBERS[kind]]
-    rows = rows.contiguous()
-    cols = rows.shape[-1] // size * block
-    numbers = room.take(len(rows) * cols).view(-1, cols) if room else torch.empty(len(rows), cols)
-    ggml.to_float(kind)(rows.data_ptr(), numbers.data_ptr(), numbers.numel())  # several times as fast as PyTorch
-    return numbers
+    weights, size = _BLOCKS[kind]
+    cols = rows.shape[-1] // size * weights
+    out = room.take(len(rows) * cols).view(-1, cols).numpy() if room else None
+    return torch.from_numpy(ggml.dequantize(kind, rows.numpy(), cols, out))
 
 
 def by_torch(rows: Tensor, kind: str) -> Tensor:
     """The same on any device."""
-    return KINDS[kind](rows.unflatten(-1, (-1, _BLOCK_BYTES[kind]))).flatten(-2)
+    return KINDS[kind](rows.unflatten(-1, (-1, _BLOCKS[kind][1]))).flatten(-2)
 
 
 # One function a type: (..., bytes of a block) -> (..., its weights)
